@@ -1,1 +1,2 @@
-"""Models: scratch models, loading, tokenization, adapters, likelihoods. Importing the package does not import torch."""
+"""Models and tokenizers: loading, new models, encoding of rows, generation and likelihoods. Importing the package does
+not import torch."""

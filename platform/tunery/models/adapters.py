@@ -1,4 +1,4 @@
-"""Apply a tuner to a model: the PEFT configs, and the parameters that are trained."""
+"""Tuners applied to a model: their PEFT configs, and which parameters they train."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 
 
 def peft_config(tuner: Tuner, task: TaskType, new_modules: Sequence[str] = ()) -> PeftConfig | None:
-    """Build the PEFT config of a tuner; None for one without adapter. A classification head and the randomly
-    initialized modules `new_modules` are fully trained and saved with the adapter."""
+    """Return the PEFT config of a tuner; None for a tuner without adapter. `new_modules`: randomly initialized modules,
+    which are fully trained and saved with the adapter; so is a classification head."""
     spec = adapter_spec(tuner)
     return spec.build_peft_config(settings_of(tuner), task, list(new_modules)) if spec.has_adapter else None
 
 
 def freeze_untrained(model: nn.Module, tuner: Tuner, new_modules: Sequence[str] = ()) -> None:
-    """Freeze the parameters of the model that a tuner without adapter does not train. The randomly initialized modules
-    `new_modules` are always trained."""
+    """Freeze the parameters that a tuner without adapter does not train. `new_modules`: randomly initialized modules,
+    which are always trained."""
     spec, settings = adapter_spec(tuner), settings_of(tuner)
     for name, parameter in model.named_parameters():
         is_new = any(name.startswith(f"{module}.") for module in new_modules)
@@ -32,7 +32,7 @@ def freeze_untrained(model: nn.Module, tuner: Tuner, new_modules: Sequence[str] 
 
 
 def lora_config(lora: Lora, task: TaskType, new_modules: Sequence[str] = ()) -> Any:
-    """Build the PEFT config of LoRA. `all-linear` excludes the output head, as PEFT defines it."""
+    """Return the PEFT config of LoRA. By PEFT's definition, `all-linear` excludes the output head."""
     from peft import LoraConfig
 
     return LoraConfig(

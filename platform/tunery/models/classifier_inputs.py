@@ -3,13 +3,13 @@
     a conversation, if the model's tokenizer has a chat template (reward models): the complete conversation rendered by
         the template, as in training (models/encode.py), without further special tokens; if it is too long, the oldest
         messages are dropped, then the start of the prompt
-    a conversation, if it has none (text classifiers): the messages before the last response, and that response, as a
-        pair of texts if the tokenizer separates the texts of a pair ([SEP]), else joined by a blank line; a
-        conversation that ends with a user message is one text
+    a conversation, if the tokenizer has none (text classifiers): the messages before the last response, and that
+        response, as a pair of texts if the tokenizer separates the texts of a pair ([SEP]), otherwise joined by a blank
+        line; a conversation that ends with a user message is one text
     a text: unchanged, with the tokenizer's special tokens
 
-Batches have an attention mask, because encoders attend in both directions. Models that pool a row's last token find it
-by the padding token, so rows are padded with that of the model's config.
+Batches have an attention mask, because encoders attend in both directions. Models that pool the last token of a row
+find it by the padding token, so rows are padded with the padding token of the model's config.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class ClassifierEncoder:
         positions = position_limit(model)
         max_positions = max_length if positions is None else positions.tokens
         self.encoding = Encoding(int(min(max_length, tokenizer.model_max_length, max_positions)), "last_turn", "left")
-        self._pad: int | None = self._config.pad_token_id
+        self._pad_token_id: int | None = self._config.pad_token_id
         takes_token_types = "token_type_ids" in inspect.signature(model.forward).parameters
         self._has_token_types = takes_token_types and "token_type_ids" in tokenizer.model_input_names
 
@@ -57,16 +57,16 @@ class ClassifierEncoder:
         import torch
 
         max_length = max(len(item.ids) for item in batch)
-        pad = self._pad
-        if pad is None:
-            # Without a padding token a pooling model takes a row's last position and rejects batches. With one it takes
-            # the last token that is not padding: the same, if no row ends with the padding token.
-            last = {item.ids[-1] for item in batch}
-            pad = next(token for token in range(len(last) + 1) if token not in last)
-            self._config.pad_token_id = pad
+        pad_token_id = self._pad_token_id
+        if pad_token_id is None:
+            # Without a padding token, a pooling model takes the last position of a row and rejects batches. With one it
+            # takes the last token that is not padding: the same, if no row ends with the padding token.
+            last_tokens = {item.ids[-1] for item in batch}
+            pad_token_id = next(token for token in range(len(last_tokens) + 1) if token not in last_tokens)
+            self._config.pad_token_id = pad_token_id
         padding = [max_length - len(item.ids) for item in batch]
         inputs = {
-            "input_ids": [item.ids + [pad] * count for item, count in zip(batch, padding, strict=True)],
+            "input_ids": [item.ids + [pad_token_id] * count for item, count in zip(batch, padding, strict=True)],
             "attention_mask": [[1] * len(item.ids) + [0] * count for item, count in zip(batch, padding, strict=True)],
         }
         if self._has_token_types:
@@ -84,22 +84,23 @@ def encode_classifier_inputs(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> list[Encoded]:
     """Encode rows as inputs of a classifier or embedding model, truncated to `encoding.max_length`, without a loss."""
-    by_template = tokenizer.chat_template is not None
-    done: dict[int, Encoded] = {}
-    chats = [n for n, row in enumerate(rows) if row.get("messages") and by_template]
-    done |= zip(chats, _chats([rows[n] for n in chats], tokenizer, encoding), strict=True)
-    paired = _separates_pairs(tokenizer)
-    plain = {n: _prompt_and_response(row, paired) for n, row in enumerate(rows) if n not in done}
-    for count in (1, 2):
-        indices = [n for n, texts in plain.items() if len(texts) == count]
-        done |= zip(indices, _texts([plain[n] for n in indices], tokenizer, encoding.max_length), strict=True)
-    return [done[n] for n in range(len(rows))]
+    has_template = tokenizer.chat_template is not None
+    encoded: dict[int, Encoded] = {}
+    chats = [index for index, row in enumerate(rows) if row.get("messages") and has_template]
+    encoded |= zip(chats, _encode_chats([rows[index] for index in chats], tokenizer, encoding), strict=True)
+    as_pair = _separates_pairs(tokenizer)
+    texts = {index: _texts_of(row, as_pair) for index, row in enumerate(rows) if index not in encoded}
+    for count in (1, 2):  # single texts, then pairs
+        indices = [index for index, row_texts in texts.items() if len(row_texts) == count]
+        row_texts = [texts[index] for index in indices]
+        encoded |= zip(indices, _encode_texts(row_texts, tokenizer, encoding.max_length), strict=True)
+    return [encoded[index] for index in range(len(rows))]
 
 
 def encode_unlabelled(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> Iterator[TokenizedRow]:
-    """Encode rows of a `classifier` stage whose labels are given by their data stages."""
+    """Encode rows of a `classifier` stage whose data stages determine their labels."""
     for item in encode_classifier_inputs(rows, tokenizer, encoding):
         yield TokenizedRow([item], unusable=item.rejected or ("" if item.ids else NO_TOKEN))
 
@@ -120,7 +121,8 @@ def encode_labelled(
 def encode_reward_pairs(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> Iterator[TokenizedRow]:
-    """Encode preference pairs of a `reward` stage as two sequences each, with the chosen and the rejected response."""
+    """Encode preference pairs of a `reward` stage as two sequences each: with the chosen, and with the rejected
+    response."""
     reasons = [check_pair(row) for row in rows]
     pairs = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
     sides = iter(
@@ -131,9 +133,9 @@ def encode_reward_pairs(
             yield TokenizedRow([], unusable=reason)
             continue
         chosen, rejected = next(sides), next(sides)
-        same = (chosen.ids, chosen.token_types) == (rejected.ids, rejected.token_types)
+        are_equal = (chosen.ids, chosen.token_types) == (rejected.ids, rejected.token_types)
         suffix = " after truncation" if chosen.truncated or rejected.truncated else ""
-        reason = SAME_RESPONSES + suffix if same else ""
+        reason = SAME_RESPONSES + suffix if are_equal else ""
         yield TokenizedRow([chosen, rejected], unusable=chosen.rejected or rejected.rejected or reason)
 
 
@@ -142,39 +144,45 @@ def _separates_pairs(tokenizer: PreTrainedTokenizerBase) -> bool:
     return bool(tokenizer.num_special_tokens_to_add(pair=True) > tokenizer.num_special_tokens_to_add(pair=False))
 
 
-def _prompt_and_response(row: Row, paired: bool) -> tuple[str, ...]:
-    """Return one text, or a pair of texts."""
+def _texts_of(row: Row, as_pair: bool) -> tuple[str, ...]:
+    """Return the row as one text, or as a pair of prompt and response if `as_pair` and if it ends with a response."""
     contents = [message["content"] or "" for message in row.get("messages") or ()]
     if not contents:
         return (row.get("text") or "",)
-    if not paired or len(contents) == 1 or row["messages"][-1]["role"] != "assistant":
+    if not as_pair or len(contents) == 1 or row["messages"][-1]["role"] != "assistant":
         return ("\n\n".join(contents),)
     return "\n\n".join(contents[:-1]), contents[-1]
 
 
-def _chats(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
+def _encode_chats(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
+    """Encode conversations by the chat template."""
     if not rows:
         return []
     encoded = encode_untruncated(rows, tokenizer, encoding)
-    long = [n for n, item in enumerate(encoded) if len(item.ids) > encoding.max_length]
-    for n, item in zip(long, encode_responses([rows[n] for n in long], tokenizer, encoding), strict=True):
-        encoded[n] = item
-    typed = "token_type_ids" in tokenizer.model_input_names
-    return [replace(item, spans=(), token_types=[0] * len(item.ids) if typed else None) for item in encoded]
+    too_long = [index for index, item in enumerate(encoded) if len(item.ids) > encoding.max_length]
+    truncated = encode_responses([rows[index] for index in too_long], tokenizer, encoding)
+    for index, item in zip(too_long, truncated, strict=True):
+        encoded[index] = item
+    has_token_types = "token_type_ids" in tokenizer.model_input_names
+    return [replace(item, spans=(), token_types=[0] * len(item.ids) if has_token_types else None) for item in encoded]
 
 
-def _texts(texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, limit: int) -> list[Encoded]:
-    """Encode single texts, or pairs of texts; `texts` must not mix both."""
+def _encode_texts(
+    texts: Sequence[tuple[str, ...]], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[Encoded]:
+    """Encode single texts, or pairs of texts; `texts` must not mix both. The tokenizer truncates them, so that their
+    special tokens are kept."""
     if not texts:
         return []
-    # Truncate at the end, whatever the tokenizer's default is; in a pair, the longer text first.
+    # Truncate at the end, whatever the tokenizer's default is. In a pair, the longer text is truncated first.
     tokenizer.truncation_side = "right"
     columns = [list(column) for column in zip(*texts, strict=True)]
-    full = tokenizer(*columns, verbose=False)
-    # Truncated by the tokenizer, which keeps the special tokens.
-    truncated = tokenizer(*columns, truncation=True, max_length=limit)
-    types = truncated.get("token_type_ids") or [None] * len(texts)
+    untruncated = tokenizer(*columns, verbose=False)
+    truncated = tokenizer(*columns, truncation=True, max_length=max_length)
+    token_types = truncated.get("token_type_ids") or [None] * len(texts)
     return [
-        Encoded(ids, (), truncated=len(before) > len(ids), token_types=kinds)
-        for ids, kinds, before in zip(truncated["input_ids"], types, full["input_ids"], strict=True)
+        Encoded(ids, (), truncated=len(untruncated_ids) > len(ids), token_types=types)
+        for ids, types, untruncated_ids in zip(
+            truncated["input_ids"], token_types, untruncated["input_ids"], strict=True
+        )
     ]

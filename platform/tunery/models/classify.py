@@ -1,7 +1,6 @@
-"""Logits of a sequence-classification model: reward models and text classifiers alike.
+"""Logits of sequence-classification models: reward models and text classifiers.
 
-Inputs are encoded by models/classifier_inputs.py. Rows of similar length share a forward pass, up to a
-token budget.
+models/classifier_inputs.py encodes the inputs. Rows of similar length share a forward pass, within a token budget.
 """
 
 from __future__ import annotations
@@ -41,11 +40,13 @@ class SequenceClassifier:
         max_length: int,
         batch_tokens: int | None = None,
     ) -> None:
-        """Rows are truncated to `max_length` tokens, or to the model's maximum position if that is less."""
+        """max_length: rows are truncated to so many tokens, or to the model's maximum position if that is less;
+        batch_tokens: maximum number of tokens in a forward pass, including padding."""
         self._model, self._encoder = model, ClassifierEncoder(model, tokenizer, max_length)
         self._budget = batch_tokens or BATCH_TOKENS[model.device.type]
 
     def __call__(self, rows: Sequence[Row]) -> Classified:
+        """Return the logits of all rows."""
         import torch
 
         encoded = self._encoder(rows)

@@ -1,7 +1,6 @@
-"""A decoding batch: its tokens, its KV cache, evicting finished rows and merging new ones.
+"""A decoding batch: its tokens and KV cache, eviction of finished rows, and merging with another batch.
 
-Rows are padded on the left, so that the last column is the newest token of every row, whenever it was started. The
-width of a batch is the length of its longest prompt and response.
+Rows are padded on the left, so that the last column has the newest token of every row, whenever the row was started.
 """
 
 from __future__ import annotations
@@ -18,12 +17,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class DecodingBatch:
-    """Rows that are decoded together."""
+    """Rows (a prompt with its response so far) that are decoded together."""
 
     rows_b: torch.Tensor
     """(rows,), int64: index of each row's prompt."""
     num_tokens_b: torch.Tensor
-    """(rows,), int64: number of tokens sampled; still counts up after a row has finished, until it is evicted."""
+    """(rows,), int64: number of sampled tokens. It also increases after a row has finished, until it is evicted."""
     active_b: torch.Tensor
     """(rows,), bool: False for finished rows."""
     ids_bt: torch.Tensor
@@ -31,14 +30,14 @@ class DecodingBatch:
     positions_bt: torch.Tensor
     """(rows, new), int64: position ids of `ids_bt`, without padding."""
     mask_bw: torch.Tensor
-    """(rows, width), int64: attention mask over the cached and the new tokens, 0 on padding."""
+    """(rows, cached and new tokens), int64: attention mask, 0 on padding."""
     cache: DynamicCache
 
     @classmethod
     def from_prompts(
         cls, rows: list[int], prompts: list[list[int]], config: Any, device: torch.device
     ) -> DecodingBatch:
-        """Create a batch with an empty cache. rows: indices into `prompts`."""
+        """Create a batch with an empty cache. rows: indices into `prompts`; config: of the model."""
         from transformers import DynamicCache
 
         max_length = max(len(prompts[row]) for row in rows)
@@ -69,35 +68,35 @@ class DecodingBatch:
         return logits_b1v[:, -1]
 
     def append(self, tokens_b: torch.Tensor, finished_b: torch.Tensor) -> None:
-        """Append the sampled tokens; `finished_b`: whether they end their rows."""
-        # Position ids of finished rows stay fixed, or they would exceed the model's maximum before eviction.
+        """Append the sampled tokens, (rows,) int64. finished_b: (rows,) bool, whether the token ends its row."""
+        # Position ids of finished rows do not increase, since they might exceed the model's maximum before eviction.
         self.ids_bt, self.positions_bt = tokens_b[:, None], self.positions_bt[:, -1:] + self.active_b[:, None]
         self.mask_bw = pad(self.mask_bw, (0, 1), value=1)
         self.active_b &= ~finished_b
         self.num_tokens_b += 1
 
     def evict_finished(self) -> None:
-        """Remove finished rows, and columns that are padding in all other rows."""
-        kept = self.active_b.nonzero()[:, 0]
+        """Remove finished rows, and columns that are padding in all remaining rows."""
+        remaining = self.active_b.nonzero()[:, 0]
         for name in ("rows_b", "num_tokens_b", "active_b", "ids_bt", "positions_bt", "mask_bw"):
-            setattr(self, name, getattr(self, name)[kept])
-        self.cache.batch_select_indices(kept)
-        if len(kept) and self.can_merge:
-            first = int(self.mask_bw.argmax(1).min())
-            self.mask_bw = self.mask_bw[:, first:]
+            setattr(self, name, getattr(self, name)[remaining])
+        self.cache.batch_select_indices(remaining)
+        if len(remaining) and self.can_merge:
+            num_padding = int(self.mask_bw.argmax(1).min())
+            self.mask_bw = self.mask_bw[:, num_padding:]
             for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, first:], layer.values[:, :, first:]
+                layer.keys, layer.values = layer.keys[:, :, num_padding:], layer.values[:, :, num_padding:]
 
     @property
     def can_merge(self) -> bool:
-        """Whether all cache layers hold the keys and values of all tokens. Sliding windows and recurrent states
-        (transformers 5.23's other layers) hold positions or sums that can't be shifted with the columns."""
+        """Whether all cache layers contain the keys and values of all tokens, so that columns can be added or removed.
+        The other cache layers of transformers (5.23), sliding windows and recurrent states, do not allow that."""
         from transformers.cache_utils import DynamicLayer
 
         return all(type(layer) is DynamicLayer for layer in self.cache.layers)
 
     def merge(self, other: DecodingBatch) -> None:
-        """Add the rows of `other`, whose prompts are in its cache already."""
+        """Add the rows of `other`, whose cache contains their prompts already."""
         for name in ("rows_b", "num_tokens_b", "active_b", "ids_bt", "positions_bt"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(other, name)]))
         cached, other_cached = self.mask_bw.shape[1] - 1, other.mask_bw.shape[1] - 1

@@ -1,7 +1,7 @@
 """Embeddings of rows: the mean of a model's last hidden states over a row's tokens, normalized to length 1.
 
-Reimers & Gurevych 2019, "Sentence-BERT" (https://arxiv.org/abs/1908.10084), section 3, where mean pooling is the best
-of the pooling strategies. Inputs are encoded by models/classifier_inputs.py.
+Reimers & Gurevych 2019, "Sentence-BERT" (https://arxiv.org/abs/1908.10084), section 3: mean pooling is the best of the
+pooling strategies there. models/classifier_inputs.py encodes the inputs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Embedded:
 
 
 class Embedder:
-    """Computes embeddings with a model without its head."""
+    """Computes embeddings with a model without head."""
 
     def __init__(
         self,
@@ -41,11 +41,13 @@ class Embedder:
         max_length: int,
         batch_tokens: int | None = None,
     ) -> None:
-        """Rows are truncated to `max_length` tokens, or to the model's maximum position if that is less."""
+        """max_length: rows are truncated to so many tokens, or to the model's maximum position if that is less;
+        batch_tokens: maximum number of tokens in a forward pass, including padding."""
         self._model, self._encoder = model, ClassifierEncoder(model, tokenizer, max_length)
         self._budget = batch_tokens or BATCH_TOKENS[model.device.type]
 
     def __call__(self, rows: Sequence[Row]) -> Embedded:
+        """Return the embeddings of all rows."""
         import torch
 
         encoded = self._encoder(rows)

@@ -1,8 +1,9 @@
-"""Encode rows as tokens, by the same functions for scoring, training, evaluation and generation.
+"""Encode rows as token sequences, by the same functions for scoring, training, evaluation and generation.
 
 A text is tokenized with special tokens (BOS only if the tokenizer adds it) and an EOS token. A conversation is rendered
-by the chat template (models/chat_template.py); the assistant responses, each with its EOS token, have a loss, all else
-is masked. Special tokens in the text of a row are encoded as ordinary text, so that a user message can't end its turn.
+by the chat template (models/chat_template.py). Its assistant responses, each with its EOS token, have a loss; all other
+tokens are masked. Special tokens in the text of a row are encoded as ordinary text, so that a user message can't end
+itself and begin another one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ENCODING_VERSION = 2
 on them, are then rebuilt."""
 Truncation = Literal["right", "left", "drop", "split"]
 Span = tuple[int, int]
-"""Start and end index of tokens that have a loss."""
+"""Start and end index of tokens that have a loss: [start, end)."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +48,22 @@ class Encoding:
 
 
 NO_LIMIT = 2**31 - 1
+"""`max_length` of sequences that are not truncated."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A token sequence and its spans that have a loss. The first token of a sequence is never predicted, so it never
-    has a loss."""
+    """A token sequence, and which of its tokens have a loss."""
 
     ids: list[int]
     spans: tuple[Span, ...]
+    """Tokens that have a loss. The first token of a sequence has none, even within a span, since it is not
+    predicted."""
     truncated: bool = False
     generation_prompt_ids: tuple[int, ...] = ()
     """Tokens that the chat template puts before a response ("<|assistant|>"); empty for a text."""
     rejected: str = ""
-    """Why the row can't be used; it has no tokens then."""
+    """Why the row can't be used; "" if it can. A rejected row has no tokens."""
     dropped_reasoning: int = 0
     """Number of assistant messages whose reasoning the chat template does not render."""
     escaped_tokens: int = 0
@@ -74,21 +77,22 @@ class Encoded:
 
     @property
     def loss_indices(self) -> list[int]:
-        """Positions of the tokens that have a loss."""
+        """Indices of the tokens that have a loss."""
         return [index for start, end in self.spans for index in range(max(start, 1), end)]
 
     @property
     def labels(self) -> list[int]:
-        """`ids`, with -100 for tokens without a loss, as in transformers."""
+        """Token ids, with -100 for tokens without a loss, as in transformers."""
         return labels_of(self.ids, self.spans)
 
     @property
     def response(self) -> Span:
-        """The last span; an empty span at the end if nothing has a loss."""
+        """The last span; an empty span at the end if no token has a loss."""
         return self.spans[-1] if self.spans else (len(self.ids), len(self.ids))
 
 
 def labels_of(ids: Sequence[int], spans: Iterable[Span]) -> list[int]:
+    """Return `ids` with -100 outside the spans."""
     labels = [-100] * len(ids)
     for start, end in spans:
         labels[start:end] = ids[start:end]
@@ -105,110 +109,120 @@ def encode_untruncated(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, 
         template = chat_template_of(tokenizer)
         prompt_ids = tuple(tokenize([template.profile.generation_prompt], tokenizer)[0])
         pieces: list[list[str]] = []
-        drafts: dict[int, Encoded] = {}
+        without_ids: dict[int, Encoded] = {}
         has_loss: list[list[bool]] = []
         for index, row in enumerate(rows):
             if index in encoded:
                 continue
             try:
                 conversation = template.conversation(row, encoding.empty_thinking == "mask")
-                trained = _trained_turns(row, encoding.train_on)
+                trained_messages = _trained_messages(row, encoding.train_on)
             except RejectedConversation as error:
                 encoded[index] = Encoded([], (), rejected=str(error))
                 continue
             pieces.append(_pieces(conversation))
-            has_loss.append([span.turn in trained for span in conversation.spans])
-            drafts[index] = Encoded(
+            has_loss.append([span.turn in trained_messages for span in conversation.spans])
+            without_ids[index] = Encoded(
                 [],
                 (),
                 generation_prompt_ids=prompt_ids,
                 dropped_reasoning=conversation.dropped_reasoning,
                 escaped_tokens=conversation.escaped_tokens,
             )
-        for (index, draft), tokens, flags in zip(
-            drafts.items(), tokenize_pieces(pieces, template), has_loss, strict=True
+        for (index, item), piece_ids, responses_have_loss in zip(
+            without_ids.items(), tokenize_pieces(pieces, template), has_loss, strict=True
         ):
-            edges = list(accumulate((len(piece) for piece in tokens), initial=0))
-            responses = zip(edges[1::2], edges[2::2], flags, strict=False)
-            spans = tuple((start, end) for start, end, flag in responses if flag and start < end)
+            # Pieces alternate: the text before a response, the response, and so on.
+            boundaries = list(accumulate((len(ids) for ids in piece_ids), initial=0))
+            responses = zip(boundaries[1::2], boundaries[2::2], responses_have_loss, strict=False)
+            spans = tuple(
+                (start, end) for start, end, response_has_loss in responses if response_has_loss and start < end
+            )
             if encoding.train_on == "all_tokens":
-                spans = ((0, edges[-1]),)
-            encoded[index] = replace(draft, ids=list(chain.from_iterable(tokens)), spans=spans)
+                spans = ((0, boundaries[-1]),)
+            encoded[index] = replace(item, ids=list(chain.from_iterable(piece_ids)), spans=spans)
     return [encoded[index] for index in range(len(rows))]
 
 
 def _pieces(conversation: RenderedConversation) -> list[str]:
-    """Split into the text before the first response, the response, the text before the second and so on. Every response
-    is its own piece, with a loss or not, so that the tokens before it are the same as in the prompt for generation."""
-    cuts = [0, *(index for span in conversation.spans for index in (span.start, span.end)), len(conversation.text)]
-    return [conversation.text[start:end] for start, end in pairwise(cuts)]
+    """Split the text into pieces: before the first response, the first response, before the second response and so on.
+    Each response is its own piece, with a loss or without, so that the tokens before it are the same as in the prompt
+    for generation."""
+    boundaries = [
+        0,
+        *(index for span in conversation.spans for index in (span.start, span.end)),
+        len(conversation.text),
+    ]
+    return [conversation.text[start:end] for start, end in pairwise(boundaries)]
 
 
 def as_prompt(row: Row) -> Row:
-    """Return a conversation without its last message if that is an assistant's; a text has no messages."""
-    turns = row.get("messages") or []
-    return {**row, "messages": turns[:-1] if turns and turns[-1]["role"] == "assistant" else turns}
+    """Return the row without its last message if that is an assistant's. `messages` of a text is []."""
+    messages = row.get("messages") or []
+    return {**row, "messages": messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages}
 
 
 def encode_prompts(prompts: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
-    """Return the tokens of each prompt up to the start of its response, equal to those of `encode_untruncated`."""
+    """Encode each prompt up to the start of its response, with the same tokens as in `encode_untruncated`."""
     template = chat_template_of(tokenizer)
-    texts: list[list[str]] = []
+    all_pieces: list[list[str]] = []
     reasons: list[str] = []
     for prompt in prompts:
         try:
             pieces, reason = _pieces(template.prompt(prompt)), ""
         except RejectedConversation as error:
             pieces, reason = [], str(error)
-        texts.append(pieces)
+        all_pieces.append(pieces)
         reasons.append(reason)
-    tokens = tokenize_pieces(texts, template)
     return [
-        Encoded(list(chain.from_iterable(ids)), (), rejected=reason)
-        for ids, reason in zip(tokens, reasons, strict=True)
+        Encoded(list(chain.from_iterable(piece_ids)), (), rejected=reason)
+        for piece_ids, reason in zip(tokenize_pieces(all_pieces, template), reasons, strict=True)
     ]
 
 
-def template_suffix_ids(tokenizer: PreTrainedTokenizerBase, end: Iterable[int]) -> list[int]:
-    """Return the tokens that the chat template adds after a response's EOS token (a newline for Qwen); often none."""
+def template_suffix_ids(tokenizer: PreTrainedTokenizerBase, eos_token_ids: Iterable[int]) -> list[int]:
+    """Return the tokens that the chat template adds after the EOS token of a response (a newline for Qwen); often
+    none."""
     template = chat_template_of(tokenizer)
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
-    ids = tokenize_pieces([[template.conversation({"messages": turns}).text]], template)[0][0]
-    stops = set(end)
-    last = next((index for index in reversed(range(len(ids))) if ids[index] in stops), len(ids) - 1)
-    return ids[last + 1 :]
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    ids = tokenize_pieces([[template.conversation({"messages": messages}).text]], template)[0][0]
+    eos_ids = set(eos_token_ids)
+    last_eos = next((index for index in reversed(range(len(ids))) if ids[index] in eos_ids), len(ids) - 1)
+    return ids[last_eos + 1 :]
 
 
-def _trained_turns(row: Row, train_on: TrainOn) -> set[int]:
+def _trained_messages(row: Row, train_on: TrainOn) -> set[int]:
     """Return the indices of messages that have a loss. Raises RejectedConversation for weights other than 0 and 1."""
-    turns: list[Mapping[str, Any]] = row["messages"]
+    messages: list[Mapping[str, Any]] = row["messages"]
     if train_on == "all_tokens":
         return set()
-    weights = {turn.get("weight") for turn in turns}
+    weights = {message.get("weight") for message in messages}
     if invalid := sorted(str(weight) for weight in weights - {None, 0, 1}):
         raise RejectedConversation(f"a message has the weight {invalid[0]}; only 0 and 1 are supported")
-    assistant = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+    responses = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if train_on == "last_turn":
-        assistant = [index for index in assistant if index == len(turns) - 1]
-    return {index for index in assistant if turns[index].get("weight") != 0}
+        responses = [index for index in responses if index == len(messages) - 1]
+    return {index for index in responses if messages[index].get("weight") != 0}
 
 
 def _encode_texts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Encoded]:
+    """Encode texts with an EOS token; special tokens in the texts are encoded as ordinary text."""
     if not texts:
         return []
     special = any_of(tokenizer.all_special_tokens)
     counts = [len(special.findall(text)) for text in texts]
     ids_by_index: dict[int, list[int]] = {}
-    for split in (False, True):
-        indices = [index for index, count in enumerate(counts) if (count > 0) == split]
+    for has_special in (False, True):
+        indices = [index for index, count in enumerate(counts) if (count > 0) == has_special]
         if indices:
-            ids = tokenizer([texts[index] for index in indices], split_special_tokens=split, **IDS_ONLY)["input_ids"]
+            selected = [texts[index] for index in indices]
+            ids = tokenizer(selected, split_special_tokens=has_special, **IDS_ONLY)["input_ids"]
             ids_by_index |= zip(indices, ids, strict=True)
-    eos = tokenizer.eos_token_id
+    eos_token_id = tokenizer.eos_token_id
     encoded = []
     for index, count in enumerate(counts):
         ids = list(ids_by_index[index])
-        if eos is not None and ids[-1:] != [eos]:
-            ids.append(eos)
+        if eos_token_id is not None and ids[-1:] != [eos_token_id]:
+            ids.append(eos_token_id)
         encoded.append(Encoded(ids, ((0, len(ids)),), escaped_tokens=count))
     return encoded

@@ -1,4 +1,5 @@
-"""Encode preference pairs and rated responses: sequences of a prompt and one response, with a loss on the response."""
+"""Encode preference pairs and rated responses as sequences of a prompt and one response, with a loss on the
+response."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def rejected_side(row: Row) -> Row:
-    """A preference pair's conversation with the rejected response in place of the chosen one."""
+    """Return the conversation of a preference pair with the rejected response instead of the chosen one."""
     return {**row, "messages": [*row["messages"][:-1], *row["rejected"]]}
 
 
@@ -33,7 +34,7 @@ def _is_empty(messages: Sequence[dict[str, Any]]) -> bool:
 
 
 def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[TokenizedRow]:
-    """Encode each row as two sequences, chosen and rejected, with the same prompt."""
+    """Encode each preference pair as two sequences with the same prompt: chosen and rejected."""
     pairs = [row for row in rows if row.get("messages") and row.get("rejected")]
     encoded = iter(_encode_sides(pairs, tokenizer, encoding))
     for row in rows:
@@ -50,7 +51,8 @@ def encode_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
 
 
 def encode_rated(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Iterator[TokenizedRow]:
-    """Encode a rated row as one sequence with its label, a preference pair as one with label 1 and one with label 0."""
+    """Encode a rated response as one sequence with its label, and a preference pair as one sequence with label 1 and
+    one with label 0."""
     pairs = [row for row in rows if row.get("messages") and row.get("rejected")]
     rated = [row for row in rows if row.get("messages") and not row.get("rejected") and row.get("label") is not None]
     sides = iter(_encode_sides(pairs, tokenizer, encoding))
@@ -68,12 +70,14 @@ def encode_rated(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encodi
 
 
 def _unusable(item: Encoded) -> str:
+    """Return why a sequence can't be trained on; "" if it can."""
     return item.rejected or ("" if item.num_loss_tokens else "no response is left to train on")
 
 
 def _encode_sides(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> list[tuple[Encoded, Encoded]]:
+    """Encode preference pairs: (chosen, rejected) of each row."""
     sequences = encode_untruncated_responses([*rows, *map(rejected_side, rows)], tokenizer, encoding)
     sides = []
     for row, chosen, rejected in zip(rows, sequences[: len(rows)], sequences[len(rows) :], strict=True):
@@ -83,7 +87,7 @@ def _encode_sides(
 
 
 def encode_responses(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
-    """Encode each row as one sequence with a loss on its last message."""
+    """Encode each row as one sequence with a loss on its last message, truncated to `encoding.max_length`."""
     sequences = encode_untruncated_responses(rows, tokenizer, encoding)
     return [_truncated(row, (item,), tokenizer, encoding)[0] for row, item in zip(rows, sequences, strict=True)]
 
@@ -91,8 +95,8 @@ def encode_responses(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, en
 def encode_untruncated_responses(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> list[Encoded]:
-    """Encode each row as one sequence without truncation, up to the end of the response: a template may add text after
-    the EOS token."""
+    """The same without truncation. Sequences end with the response; text that the template adds after its EOS token is
+    removed."""
     encoded = encode_untruncated(rows, tokenizer, replace(encoding, train_on="last_turn"))
     return [replace(item, ids=item.ids[: item.response[1]]) if item.spans else item for item in encoded]
 
@@ -100,14 +104,13 @@ def encode_untruncated_responses(
 def _truncated(
     row: Row, sides: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> tuple[Encoded, ...]:
-    """Truncate all sides of a row to `max_length`, with the same prompt."""
+    """Truncate all sides of a row (one, or both of a preference pair) to `max_length`, to the same prompt."""
     limit = encoding.max_length
     if all(len(item.ids) <= limit for item in sides) or any(item.rejected for item in sides):
         return tuple(sides)
     if encoding.truncate == "drop":
-        return tuple(
-            replace(item, ids=[], spans=(), rejected=f"it is longer than max_length ({limit} tokens)") for item in sides
-        )
+        reason = f"it is longer than max_length ({limit} tokens)"
+        return tuple(replace(item, ids=[], spans=(), rejected=reason) for item in sides)
     if encoding.truncate == "right":
         return tuple(cut_right(item, limit) for item in sides)
     shorter = without_oldest_turns(
@@ -120,5 +123,5 @@ def _truncated(
         sides = [replace(item, truncated=True) for item in shorter]
         if all(len(item.ids) <= limit for item in sides):
             return tuple(sides)
-    response = max(item.response[1] - item.response[0] for item in sides)
-    return tuple(cut_prompt(item, limit, response, tokenizer.bos_token_id) for item in sides)
+    num_response_tokens = max(item.response[1] - item.response[0] for item in sides)
+    return tuple(cut_prompt(item, limit, num_response_tokens, tokenizer.bos_token_id) for item in sides)

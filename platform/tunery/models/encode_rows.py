@@ -1,4 +1,5 @@
-"""How the rows of a stage become token sequences: the interface of encodings, and those of texts and conversations."""
+"""The interface of row encodings, which convert the rows of a stage kind to token sequences, and the encodings of texts
+and conversations."""
 
 from __future__ import annotations
 
@@ -16,15 +17,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class TokenizedRow:
-    """The sequences of a row, or the reason why it has none."""
+    """The token sequences of a row."""
 
     sequences: list[Encoded]
     labels: list[int] = field(default_factory=list)
+    """Label of each sequence, 1 or 0; [] if the stage kind has no labels."""
     unusable: str = ""
+    """Why the row is not used; "" if it is."""
 
 
 EncodeRows = Callable[[Sequence[Row], "PreTrainedTokenizerBase", Encoding], Iterator[TokenizedRow]]
-"""A module-level function, so that it can be pickled by name."""
+"""Yields one TokenizedRow per row. A module-level function, since it is pickled by name."""
 
 
 InputFormat = Literal[
@@ -51,6 +54,7 @@ class RowEncoding:
 
     encode_rows: EncodeRows
     columns: tuple[str, ...]
+    """Columns of the rows that it reads."""
     what: str
     """Description of a usable row, for messages."""
     input_format: InputFormat
@@ -75,6 +79,6 @@ def encode_conversations(
 def encode_documents(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> Iterator[TokenizedRow]:
-    """Encode texts and conversations for `pretrain`, with a loss on all tokens."""
+    """Encode texts and conversations for `pretrain`, untruncated and with a loss on all tokens."""
     for item in encode_untruncated(rows, tokenizer, encoding):
         yield TokenizedRow([item], unusable=item.rejected or ("" if item.ids else "it has no token"))

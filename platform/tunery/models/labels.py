@@ -1,6 +1,6 @@
-"""The labels of a sequence-classification model, read from its config without torch, before anything runs.
+"""The labels of a sequence-classification model, read from its config without torch, as validation requires.
 
-The names and the meaning of `problem_type` are those of transformers' PretrainedConfig
+`id2label` and `problem_type` are those of transformers' PretrainedConfig
 (https://huggingface.co/docs/transformers/main_classes/configuration).
 """
 
@@ -16,7 +16,9 @@ from typing import Any
 from tunery.models.model_folder import BadModel
 
 HEAD = "ForSequenceClassification"
+"""End of the names of architectures with a classification head."""
 MAX_LISTED = 12
+"""Maximum number of labels that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -33,24 +35,26 @@ class RewardNorm:
 
 @dataclass(frozen=True)
 class Labels:
-    """Names and probabilities of a classification model's labels."""
+    """The labels of a classification model, and how its logits become probabilities or rewards."""
 
     names: tuple[str, ...]
     """In the order of the logits."""
     independent: bool
-    """Multi-label: each label has its own probability (sigmoid), instead of one distribution over all (softmax)."""
+    """Whether each label has its own probability (multi-label: sigmoid), instead of one distribution over all labels
+    (softmax)."""
     temperature: float | None = None
     """Temperature fitted on held-out rows (calibration); None if not fitted."""
     reward_norm: RewardNorm | None = None
     """Normalization of a reward model trained by tunery; None for any other model."""
 
     def listed(self) -> str:
-        """The first names, for messages."""
+        """Return the first names, for a message."""
         more = f" and {len(self.names) - MAX_LISTED} more" if len(self.names) > MAX_LISTED else ""
         return ", ".join(f"`{name}`" for name in self.names[:MAX_LISTED]) + more
 
     def index(self, label: str | int, model: str) -> int:
-        """Return the index of a label given by name or number. Raises BadModel, which suggests the closest name."""
+        """Return the index of a label that is given by name or number. Raises BadModel, which suggests the closest
+        name, if there is no such label. `model`: its name, for the message."""
         if isinstance(label, int):
             if label < len(self.names):
                 return label
@@ -94,9 +98,9 @@ def labels_of(config: Mapping[str, Any], model: str) -> Labels:
         )
     id2label = config.get("id2label")
     # transformers omits two unnamed labels from the file, since they are its default.
-    default = {n: f"LABEL_{n}" for n in range(int(config.get("num_labels") or 2))}
-    by_number = {int(key): str(name) for key, name in (id2label or default).items()}
-    names = tuple(name for _, name in sorted(by_number.items()))
+    default = {index: f"LABEL_{index}" for index in range(int(config.get("num_labels") or 2))}
+    by_index = {int(index): str(name) for index, name in (id2label or default).items()}
+    names = tuple(name for _, name in sorted(by_index.items()))
     return Labels(names, config.get("problem_type") == "multi_label_classification" or len(names) == 1)
 
 

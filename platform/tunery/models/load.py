@@ -1,8 +1,8 @@
 """Load a model and its tokenizer from the hub, a Hugging Face folder, or an artifact of the store.
 
-A model artifact holds `model/` (a full model), or `adapter/` (PEFT) and `base.json`, which names the adapter's base.
-Adapters are merged on loading, so that scoring, evaluation and training get a plain model. A classifier's adapter
-includes its head, and `head.json` lists the labels.
+A model artifact contains `model/` (a full model), or `adapter/` (PEFT) and `base.json`, which names the adapter's base.
+Adapters are merged on loading, so that scoring, evaluation and training get a plain model. The adapter of a classifier
+includes its head, and `head.json` lists its labels.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HEAD = "head.json"
+"""File beside an adapter with the labels of its classification head."""
 Source = dict[str, Any]
 """{"artifact": path} | {"pretrained": path or hub name, "revision": hub revision or None}: JSON-serializable."""
 
@@ -38,7 +39,8 @@ def source_of(model: str | Pretrained, artifacts: dict[str, Path], folder: Path)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Load a tokenizer; a missing padding token or chat template is replaced by tunery's default."""
+    """Load a tokenizer. If it has no padding token, the EOS token is used; if it has no chat template, that of
+    tunery."""
     tokenizer = load_original_tokenizer(source)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -48,7 +50,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 
 def load_original_tokenizer(source: Source) -> PreTrainedTokenizerBase:
-    """Load a tokenizer without changes."""
+    """Load a tokenizer as it was saved."""
     from transformers import AutoTokenizer
 
     if "artifact" in source:
@@ -60,7 +62,7 @@ def load_original_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
 def _disable_cudnn_sdp() -> None:
     """Disable cuDNN attention in this process. torch (2.11, 2.13) prefers it on an H100, but cuDNN builds a plan for
-    each new shape, and batch widths vary here: a LoRA step on 0.6 B parameters took 0.62 s with cuDNN and 0.35 s
+    each new shape, and lengths vary between batches. A LoRA step on 0.6 B parameters took 0.62 s with cuDNN and 0.35 s
     without, generation 33 s and 13 s."""
     import torch
 
@@ -79,7 +81,7 @@ def load_model(source: Source, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def load_saved_model(folder: Path, base: Source, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a causal language model from a folder that holds `model/`, or `adapter/` for `base`."""
+    """Load a causal language model from a folder with `model/`, or with `adapter/` for `base`."""
     from transformers import AutoModelForCausalLM
 
     if (folder / "model").is_dir():
@@ -88,6 +90,7 @@ def load_saved_model(folder: Path, base: Source, dtype: torch.dtype) -> PreTrain
 
 
 def _merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """Merge `folder/adapter` into its base."""
     from peft import PeftModel
 
     merged: PreTrainedModel = PeftModel.from_pretrained(base, folder / "adapter").merge_and_unload()
@@ -95,10 +98,8 @@ def _merge_adapter(base: PreTrainedModel, folder: Path) -> PreTrainedModel:
 
 
 def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Labels]:
-    """Load a sequence-classification model in `dtype`, and its labels.
-
-    Raises TuneryError for a model without a classification head, which transformers would initialize randomly.
-    """
+    """Load a sequence-classification model in `dtype`, and its labels. Raises TuneryError for a model without a
+    classification head, since transformers would initialize one randomly."""
     from transformers import AutoModelForSequenceClassification
 
     _disable_cudnn_sdp()
@@ -122,47 +123,48 @@ def load_classifier(source: Source, dtype: torch.dtype) -> tuple[PreTrainedModel
 
 
 def load_saved_classifier(folder: Path, base: Source, dtype: torch.dtype) -> tuple[PreTrainedModel, Labels]:
-    """Load a classifier from a folder that holds `model/`, or `adapter/` with its head for `base`. Its labels have
-    neither temperature nor reward normalization, which are stored in an artifact's manifest."""
+    """Load a classifier from a folder with `model/`, or with `adapter/`, which includes its head, for `base`. Its
+    labels have neither temperature nor reward normalization, which are in an artifact's manifest."""
     if (folder / "model").is_dir():
         return load_classifier({"pretrained": str(folder / "model"), "revision": None}, dtype)
     names = tuple(json.loads((folder / HEAD).read_text())["labels"])
     model, _ = load_with_new_head(base, names, dtype)
-    # The head was trained and saved in full precision.
+    # The head was trained and saved in fp32.
     return _merge_adapter(model, folder).to(dtype), Labels(names, len(names) == 1)
 
 
 def load_reward_norm(artifact: Path) -> RewardNorm | None:
-    """Return the reward normalization of a `reward` stage's artifact; None for any other artifact."""
+    """Return the reward normalization of the artifact of a `reward` stage; None for any other artifact."""
     facts = _facts(artifact)
     return RewardNorm(facts["reward_mean"], facts["reward_std"]) if "reward_mean" in facts else None
 
 
 def _facts(artifact: Path) -> dict[str, Any]:
+    """Return the facts in an artifact's manifest."""
     facts: dict[str, Any] = json.loads((artifact / "manifest.json").read_text())["facts"]
     return facts
 
 
 def load_with_new_head(source: Source, labels: Sequence[str], dtype: torch.dtype) -> tuple[PreTrainedModel, list[str]]:
-    """Load a language model with a classification head for training, in `dtype`. Also return the randomly initialized
-    modules; an existing head with the same number of labels is kept.
+    """Load a language model with a classification head for training, in `dtype`. Return it and the names of its
+    randomly initialized modules. An existing head with the same number of labels is kept.
 
-    The config gets a `pad_token_id`, which the model needs to find the last token of a row. Raises TuneryError if any
-    modules besides the head and its pooler would be random.
+    The config gets a `pad_token_id`, by which the model finds the last token of a row. Raises TuneryError if other
+    modules than the head and a pooler would be initialized randomly.
     """
     from transformers import AutoModelForSequenceClassification
 
     _disable_cudnn_sdp()
     if is_adapter(source):
         language_model = load_model(source, dtype)
-        model = AutoModelForSequenceClassification.from_config(_for_labels(source, labels), dtype=dtype)
+        model = AutoModelForSequenceClassification.from_config(_config_with_labels(source, labels), dtype=dtype)
         setattr(model, model.base_model_prefix, getattr(language_model, language_model.base_model_prefix))
         inherited = {f"{model.base_model_prefix}.{name}" for name in model.base_model.state_dict()}
         return model, _modules(key for key in model.state_dict() if key not in inherited)
     model, loading_info = _from_hub(
         AutoModelForSequenceClassification,
         _folder_of(source),
-        config=_for_labels(source, labels),
+        config=_config_with_labels(source, labels),
         dtype=dtype,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
@@ -179,36 +181,35 @@ def load_with_new_head(source: Source, labels: Sequence[str], dtype: torch.dtype
 
 
 def weightless_model_with_head(source: Source, labels: Sequence[str]) -> PreTrainedModel:
-    """Build the model of `load_with_new_head` on the meta device, without weights, to inspect its inputs before loading
-    it."""
+    """Return the model of `load_with_new_head` on the meta device, without weights, to inspect it before loading."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(_for_labels(source, labels))
+        model: PreTrainedModel = AutoModelForSequenceClassification.from_config(_config_with_labels(source, labels))
     return model
 
 
-def _for_labels(source: Source, labels: Sequence[str]) -> PretrainedConfig:
+def _config_with_labels(source: Source, labels: Sequence[str]) -> PretrainedConfig:
+    """Return the config of the source's full model, with these labels and a valid padding token."""
     from transformers import AutoConfig
 
     root = source
     while is_adapter(root):
         root = base_of(Path(root["artifact"]))
-    names = dict(enumerate(labels))
     config: PretrainedConfig = _from_hub(
         AutoConfig,
         _folder_of(root),
         num_labels=len(labels),
-        id2label=names,
-        label2id={name: index for index, name in names.items()},
+        id2label=dict(enumerate(labels)),
+        label2id={name: index for index, name in enumerate(labels)},
         problem_type="single_label_classification" if len(labels) > 1 else None,
     )
-    text = config.get_text_config()
+    text_config = config.get_text_config()
     tokenizer = load_original_tokenizer(source)
     # Some configs have an invalid token id, such as -1.
-    if text.pad_token_id is None or not 0 <= text.pad_token_id < len(tokenizer):
-        text.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if text_config.pad_token_id is None or not 0 <= text_config.pad_token_id < len(tokenizer):
+        text_config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return config
 
 
@@ -248,7 +249,8 @@ def is_adapter(source: Source) -> bool:
 
 
 def base_of(artifact: Path) -> Source:
-    """Return the source of an adapter's base. Artifacts are named relative to the store, so that it can be moved."""
+    """Return the source of an adapter's base. base.json names an artifact relative to the store, so that the store can
+    be moved."""
     base: Source = json.loads((artifact / "base.json").read_text())
     return {"artifact": str(artifact.parent / base["artifact"])} if "artifact" in base else base
 
@@ -259,26 +261,28 @@ def _folder_of(source: Source) -> Source:
 
 
 def write_base(folder: Path, source: Source) -> None:
-    """Write base.json beside an adapter. Also remove local paths and the random order of sets from its PEFT (0.21)
-    config, so that artifacts are reproducible."""
+    """Write base.json beside an adapter. Also remove local paths from its PEFT config and sort sets in it, which PEFT
+    (0.21) writes in random order, so that artifacts are reproducible."""
     base = {"artifact": Path(source["artifact"]).name} if "artifact" in source else source
     (folder / "base.json").write_text(json.dumps(base, indent=1) + "\n")
     path = folder / "adapter" / "adapter_config.json"
     config: dict[str, Any] = json.loads(path.read_text())
-    ordered = {key: sorted(value) if _is_set(value) else value for key, value in config.items()}
+    reproducible = {key: sorted(value) if _is_set(value) else value for key, value in config.items()}
     if "artifact" in source:
-        ordered["base_model_name_or_path"] = None
-    path.write_text(json.dumps(ordered, indent=2, sort_keys=True) + "\n")
+        reproducible["base_model_name_or_path"] = None
+    path.write_text(json.dumps(reproducible, indent=2, sort_keys=True) + "\n")
 
 
 def _is_set(value: object) -> bool:
+    """Whether a value in a PEFT config may be a set of names, which JSON stores as a list."""
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _from_hub(auto: Any, source: Source, **options: Any) -> Any:
+def _from_hub(auto_class: Any, source: Source, **options: Any) -> Any:
+    """Call `from_pretrained` of one of transformers' Auto classes. Raises TuneryError if it fails."""
     name, revision = source["pretrained"], source["revision"]
     try:
-        return auto.from_pretrained(name, revision=revision, **options)
+        return auto_class.from_pretrained(name, revision=revision, **options)
     except (OSError, ValueError) as error:
         raise TuneryError(
             f"the model `{name}` can't be loaded",
@@ -289,13 +293,13 @@ def _from_hub(auto: Any, source: Source, **options: Any) -> Any:
 
 
 def _plain_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """tunery's chat template with role names as text, for tokenizers without its special tokens."""
-    eos = tokenizer.eos_token
-    if eos is None:
+    """Return tunery's chat template with role names as text, for tokenizers without tunery's special tokens."""
+    eos_token = tokenizer.eos_token
+    if eos_token is None:
         raise TuneryError(
-            "the model's tokenizer has neither a chat template nor an end token",
+            "the model's tokenizer has neither a chat template nor an EOS token",
             remedy="set `eos_token` in its tokenizer_config.json",
         )
     # The template must write the BOS token itself if the tokenizer adds one to texts.
-    bos = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else None
-    return (f"{{{{ {json.dumps(bos)} }}}}" if bos else "") + chat_template("", ": ", eos)
+    bos_token = tokenizer.bos_token if tokenizer("").input_ids[:1] == [tokenizer.bos_token_id] else None
+    return (f"{{{{ {json.dumps(bos_token)} }}}}" if bos_token else "") + chat_template("", ": ", eos_token)

@@ -12,66 +12,76 @@ Bools = NDArray[np.bool_]
 Integers = NDArray[np.int64]
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.05, 20.0
-"""Search interval: if all rows are classified correctly, the best temperature would be 0."""
+"""Interval that `fitted_temperature` searches: if all rows are classified correctly, the best temperature would be
+0."""
 
 
-def auc(badness: Floats, bad: Bools) -> float | None:
-    """Area under the ROC curve: the probability that a bad row scores worse than a good one; ties count half.
+def auc(scores: Floats, positive: Bools) -> float | None:
+    """Return the area under the ROC curve: the probability that a positive row has a higher score than a negative one,
+    where ties count half. None if all rows are positive or all are negative.
 
-    Computed from the rank sum of Mann and Whitney (1947). None if there are only good or only bad rows.
+    scores, positive: (rows,). Computed from the rank sum of Mann and Whitney (1947).
     """
-    n_bad, n_good = int(bad.sum()), int((~bad).sum())
-    if n_bad == 0 or n_good == 0:
+    num_positive, num_negative = int(positive.sum()), int((~positive).sum())
+    if num_positive == 0 or num_negative == 0:
         return None
-    _, inverse, counts = np.unique(badness, return_inverse=True, return_counts=True)
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
     ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return float((ranks[bad].sum() - n_bad * (n_bad + 1) / 2) / (n_bad * n_good))
+    rank_sum = ranks[positive].sum()
+    return float((rank_sum - num_positive * (num_positive + 1) / 2) / (num_positive * num_negative))
 
 
-def class_weights(labels: Integers, classes: int) -> Floats:
-    """Weights, (classes,), that give all classes the same total weight and rows a mean weight of 1 (n / (classes x n of
-    the class), King & Zeng 2001, https://doi.org/10.1093/oxfordjournals.pan.a004868). Every class must have a row."""
-    counts = np.bincount(labels, minlength=classes)
-    weights: Floats = len(labels) / (classes * counts)
+def class_weights(labels: Integers, num_classes: int) -> Floats:
+    """Return the weight of each class, (classes,): rows / (classes x rows of the class). All classes then have the same
+    total weight, and the mean weight of rows is 1. Every class must have a row.
+
+    King & Zeng 2001, https://doi.org/10.1093/oxfordjournals.pan.a004868.
+    """
+    counts = np.bincount(labels, minlength=num_classes)
+    weights: Floats = len(labels) / (num_classes * counts)
     return weights
 
 
 def cross_entropy(logits_nl: Floats, labels: Integers, weights: Floats, temperature: float = 1.0) -> float:
-    """Nats a row: the mean of -log p(label), rows weighted."""
+    """Return the weighted mean of -log p(label) over rows, in nats. logits_nl: (rows, labels); labels, weights:
+    (rows,)."""
     scaled_nl = logits_nl / temperature
-    top = scaled_nl.max(axis=1)
-    logs = np.log(np.exp(scaled_nl - top[:, None]).sum(axis=1)) + top
-    losses = logs - scaled_nl[np.arange(len(labels)), labels]
-    return float((losses * weights).sum() / weights.sum())
+    max_n = scaled_nl.max(axis=1)
+    log_sum_exp_n = np.log(np.exp(scaled_nl - max_n[:, None]).sum(axis=1)) + max_n
+    losses_n = log_sum_exp_n - scaled_nl[np.arange(len(labels)), labels]
+    return float((losses_n * weights).sum() / weights.sum())
 
 
 def fitted_temperature(logits_nl: Floats, labels: Integers, weights: Floats) -> float:
-    """Return the temperature that minimizes the cross entropy (Guo et al. 2017, https://arxiv.org/abs/1706.04599,
+    """Return the temperature that minimizes the `cross_entropy` (Guo et al. 2017, https://arxiv.org/abs/1706.04599,
     section 4.2).
 
-    The cross entropy is convex in 1 / temperature, so bisection finds the root of its slope, between 0.05 and 20.
+    The cross entropy is convex in 1 / temperature, so bisection finds the root of its derivative. The temperature is
+    between 0.05 and 20.
     """
 
-    def slope(inverse: float) -> float:
-        """Slope of the cross entropy in 1 / temperature: expected minus true logit."""
-        scaled_nl = logits_nl * inverse
+    def derivative(inverse_temperature: float) -> float:
+        """Return the derivative of the summed cross entropy by 1 / temperature: expected logit minus logit of the
+        label."""
+        scaled_nl = logits_nl * inverse_temperature
         probs_nl = np.exp(scaled_nl - scaled_nl.max(axis=1, keepdims=True))
         probs_nl /= probs_nl.sum(axis=1, keepdims=True)
-        true = logits_nl[np.arange(len(labels)), labels]
-        return float((((probs_nl * logits_nl).sum(axis=1) - true) * weights).sum())
+        label_logits_n = logits_nl[np.arange(len(labels)), labels]
+        return float((((probs_nl * logits_nl).sum(axis=1) - label_logits_n) * weights).sum())
 
     low, high = math.log(1 / MAX_TEMPERATURE), math.log(1 / MIN_TEMPERATURE)
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if slope(math.exp(middle)) < 0 else (low, middle)
+        low, high = (middle, high) if derivative(math.exp(middle)) < 0 else (low, middle)
     return math.exp(-(low + high) / 2)
 
 
 def preference_loss(margins: Floats) -> float:
-    """Mean of -log sigmoid(margin) over pairs, in nats (Bradley-Terry)."""
+    """Return the mean of -log sigmoid(margin) over pairs, in nats (Bradley-Terry)."""
     return float(np.logaddexp(0, -margins).mean())
 
 
 def preference_accuracy(margins: Floats) -> float:
-    """Fraction of pairs whose chosen response has the higher reward; ties count half."""
+    """Return the fraction of pairs whose chosen response has the higher reward, where ties count half. margins: reward
+    of the chosen response minus that of the rejected one, (pairs,)."""
     return float((margins > 0).mean() + (margins == 0).mean() / 2)

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Names of a file with all weights."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Names of an index of weights in several files."""
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model", "tokenizer_config.json")
+"""Names of tokenizer files; a model folder has at least one."""
 
 
 class BadModel(ValueError):
@@ -49,13 +52,13 @@ def missing_weights(folder: Path) -> str:
         return ""
     for name in INDEXES:
         if (folder / name).is_file():
-            needed = set(json.loads((folder / name).read_text())["weight_map"].values())
-            return next((shard for shard in sorted(needed) if not (folder / shard).is_file()), "")
+            weight_files = set(json.loads((folder / name).read_text())["weight_map"].values())
+            return next((file for file in sorted(weight_files) if not (folder / file).is_file()), "")
     return WEIGHTS[0]
 
 
 def count_parameters(folder: Path) -> int | None:
-    """Count parameters from the headers of the safetensors files; None without such files."""
+    """Return the number of parameters, from the headers of the safetensors files; None without such files."""
     files = sorted(folder.glob("*.safetensors"))
     total = 0
     for path in files:

@@ -1,4 +1,4 @@
-"""Negative log-likelihood of the tokens of many sequences, and of the parts of rows that scorers use.
+"""Negative log-likelihood of tokens of many sequences, and of the spans of rows that scorers use.
 
 Sequences of similar length share a forward pass, up to a token budget. They are padded on the right without an
 attention mask, which causal attention does not need and which would disable its fast path.
@@ -18,55 +18,61 @@ from tunery.models.encode import Encoded
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-SpanNll = Literal["response", "all", "alone"]
-"""Scored tokens and their context.
-response: tokens of the last response, given all that precedes it (of a text: all tokens);
-all: all tokens but the first;
-alone: tokens of the last response, given only the template's generation prompt."""
+NllSpan = Literal["response", "all", "unconditional"]
+"""Which tokens of a row are scored, and given which context.
+
+response: tokens of the last response (of a text: all tokens), given all tokens before them
+all: all tokens but the first, given all tokens before them
+unconditional: tokens of the last response, given only the generation prompt of the chat template
+"""
 
 
 @dataclass(frozen=True)
-class Tokens:
-    """A sequence and the ascending indices of its scored tokens, from 1 (the first token has no prediction)."""
+class ScoredSequence:
+    """A token sequence, and which of its tokens are scored."""
 
     ids: Sequence[int]
     scored: Sequence[int]
+    """Ascending indices of the scored tokens, from 1, since no hidden state predicts the first token."""
 
 
 class Likelihood:
     """Computes negative log-likelihoods under one model."""
 
-    def __init__(self, model: PreTrainedModel, pad: int, batch_tokens: int | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, pad_token_id: int, batch_tokens: int | None = None) -> None:
+        """batch_tokens: maximum number of tokens in a forward pass, including padding."""
         from tunery.models.token_log_probs import LOGIT_BYTES, TokenLogProbs
 
-        self._device, self._pad = model.device, pad
+        self._device, self._pad_token_id = model.device, pad_token_id
         self._budget = batch_tokens or BATCH_TOKENS[model.device.type]
         self._log_probs = TokenLogProbs(model.requires_grad_(False))
         if not self._log_probs.has_plain_head:
             # The logits of all tokens are computed at once.
             self._budget = max(1, min(self._budget, LOGIT_BYTES // (4 * model.config.get_text_config().vocab_size)))
 
-    def nll(self, sequences: Sequence[Tokens]) -> list[np.ndarray]:
-        """Return -log p of the scored tokens of each sequence in nats, float32, in the order of `sequences`."""
+    def nll(self, sequences: Sequence[ScoredSequence]) -> list[np.ndarray]:
+        """Return -log p of the scored tokens of each sequence in nats, (scored tokens,) float32 each."""
         results: list[np.ndarray] = [np.zeros(0, np.float32)] * len(sequences)
-        for batch in token_budget_batches([row.scored[-1] + 1 if row.scored else 0 for row in sequences], self._budget):
-            rows = [sequences[index] for index in batch]
-            values = self._forward(rows)
-            ends = np.cumsum([len(row.scored) for row in rows])[:-1]
-            for index, row in zip(batch, np.split(values, ends), strict=True):
-                results[index] = row
+        lengths = [sequence.scored[-1] + 1 if sequence.scored else 0 for sequence in sequences]
+        for batch in token_budget_batches(lengths, self._budget):
+            batch_sequences = [sequences[index] for index in batch]
+            nll_n = self._forward(batch_sequences)
+            ends = np.cumsum([len(sequence.scored) for sequence in batch_sequences])[:-1]
+            for index, sequence_nll in zip(batch, np.split(nll_n, ends), strict=True):
+                results[index] = sequence_nll
         return results
 
-    def _forward(self, rows: Sequence[Tokens]) -> np.ndarray:
-        """Return -log p of all scored tokens, row after row."""
+    def _forward(self, sequences: Sequence[ScoredSequence]) -> np.ndarray:
+        """Return -log p of all scored tokens of a batch, (n,), one sequence after another."""
         import torch
 
         # Tokens after the last scored one are not needed.
-        needed = [row.ids[: row.scored[-1] + 1] for row in rows]
-        max_length = max(map(len, needed))
-        ids_bt = torch.tensor([[*ids, *[self._pad] * (max_length - len(ids))] for ids in needed], device=self._device)
+        inputs = [sequence.ids[: sequence.scored[-1] + 1] for sequence in sequences]
+        max_length = max(map(len, inputs))
+        padded = [[*ids, *[self._pad_token_id] * (max_length - len(ids))] for ids in inputs]
+        ids_bt = torch.tensor(padded, device=self._device)
         # The token at t is predicted from the hidden state at t - 1.
-        indices = [b * max_length + t - 1 for b, row in enumerate(rows) for t in row.scored]
+        indices = [b * max_length + t - 1 for b, sequence in enumerate(sequences) for t in sequence.scored]
         state_indices_n = torch.tensor(indices, device=self._device)
         targets_n = ids_bt.flatten()[state_indices_n + 1]
         with torch.inference_mode():
@@ -81,43 +87,45 @@ def response_nll(likelihood: Likelihood, encoded: Sequence[Encoded]) -> list[tup
 
 
 def nll_by_span(
-    likelihood: Likelihood, encoded: Sequence[Encoded], views: Sequence[SpanNll]
-) -> dict[SpanNll, list[tuple[float, int]]]:
-    """Return (sum of -log p in nats, number of tokens) of each of `encoded` for each view. `response` and `all` share a
-    forward pass. For a text, `alone` is (0.0, 0).
+    likelihood: Likelihood, encoded: Sequence[Encoded], spans: Sequence[NllSpan]
+) -> dict[NllSpan, list[tuple[float, int]]]:
+    """Return, for each span, (sum of -log p in nats, number of tokens) of each of `encoded`.
+
+    `response` and `all` share a forward pass. For a text, `unconditional` is (0.0, 0).
     """
-    sequences: list[Tokens] = []
-    in_context = [view for view in views if view != "alone"]
+    sequences: list[ScoredSequence] = []
+    in_context = [span for span in spans if span != "unconditional"]
     if in_context:
         # `all` includes the tokens of the response.
         sequences += [
-            Tokens(item.ids, range(1, len(item.ids)) if "all" in in_context else item.loss_indices) for item in encoded
+            ScoredSequence(item.ids, range(1, len(item.ids)) if "all" in in_context else item.loss_indices)
+            for item in encoded
         ]
-    if "alone" in views:
-        sequences += [_response_alone(item) for item in encoded]
+    if "unconditional" in spans:
+        sequences += [_without_prompt(item) for item in encoded]
     nll = likelihood.nll(sequences)
-    sums: dict[SpanNll, list[tuple[float, int]]] = {}
-    for view in in_context:
-        sums[view] = [
+    sums: dict[NllSpan, list[tuple[float, int]]] = {}
+    for span in in_context:
+        sums[span] = [
             _sum(
                 values[np.array(item.loss_indices, np.int64) - 1]
-                if view == "response" and "all" in in_context
+                if span == "response" and "all" in in_context
                 else values
             )
             for values, item in zip(nll, encoded, strict=False)
         ]
-    if "alone" in views:
-        sums["alone"] = [_sum(values) for values in nll[-len(encoded) :]]
+    if "unconditional" in spans:
+        sums["unconditional"] = [_sum(values) for values in nll[-len(encoded) :]]
     return sums
 
 
-def _response_alone(item: Encoded) -> Tokens:
-    """The response, preceded only by the chat template's generation prompt."""
+def _without_prompt(item: Encoded) -> ScoredSequence:
+    """Return the response after the generation prompt of the chat template, without the conversation before it."""
     start, end = item.response
     if not item.generation_prompt_ids or start == end:
-        return Tokens((), ())
+        return ScoredSequence((), ())
     ids = [*item.generation_prompt_ids, *item.ids[start:end]]
-    return Tokens(ids, range(len(item.generation_prompt_ids), len(ids)))
+    return ScoredSequence(ids, range(len(item.generation_prompt_ids), len(ids)))
 
 
 def _sum(values: np.ndarray) -> tuple[float, int]:

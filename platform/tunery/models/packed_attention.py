@@ -2,8 +2,8 @@
 
 A padded batch is often one third padding or more. All operations but attention work on single tokens and need no
 padding, if position ids restart with each row. Attention gets the row boundaries, by transformers' interface for
-attention functions (https://huggingface.co/docs/transformers/attention_interface). Whether a model uses that interface,
-and keeps rows independent, is tested on a small probe batch.
+attention functions (https://huggingface.co/docs/transformers/attention_interface). A small probe batch tests whether a
+model uses that interface and keeps rows independent.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 
 MIN_LENGTH_RATIO = 0.75
-"""Minimum length of a row in a group, relative to the group's longest row, which it is padded to."""
-PROBE = (7, 4, 6)
+"""Minimum length of a row in a group, relative to the longest row of the group, to which it is padded."""
+PROBE_LENGTHS = (7, 4, 6)
 """Lengths of the rows of the probe batch."""
 TOLERANCE = 0.1
-"""Allowed difference of hidden states from those of single rows, relative to the difference without row boundaries."""
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-"""Grouped-query attention must be enabled explicitly in torch 2.13, but not in 2.11."""
+"""Maximum difference of the probe's hidden states from those of single rows, relative to the difference of one sequence
+without row boundaries."""
+GQA_ARGUMENTS: dict[str, Any] = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
+"""Arguments of `varlen_attn` for grouped-query attention, which must be enabled explicitly in torch 2.13, but not in
+2.11."""
 MAX_HEAD_DIM = 256
 """Maximum head dimension of the varlen kernel, which also requires a multiple of 8 and an Ampere GPU or newer."""
 UNSUPPORTED_ARGUMENTS = ("softcap", "s_aux", "position_bias", "indices")
@@ -38,16 +42,20 @@ class UnsupportedAttention(Exception):
 
 @dataclass(frozen=True)
 class Layout:
-    """Row boundaries in a batch of `sequences` sequences of `width` tokens each. `starts`: in the flattened batch."""
+    """Row boundaries in a batch of sequences, each of which consists of concatenated rows and padding."""
 
     starts: tuple[int, ...]
+    """Index of the first token of each row, in the flattened batch."""
     lengths: tuple[int, ...]
+    """Number of tokens of each row."""
     sequences: int
+    """Number of sequences."""
     width: int
+    """Number of tokens of a sequence, including padding."""
 
     @classmethod
     def of(cls, lengths: Sequence[Sequence[int]]) -> Layout:
-        """`lengths`: lengths of the rows of each sequence, in order."""
+        """Return the layout of sequences whose rows have these lengths."""
         width = max(map(sum, lengths))
         starts = [
             sequence * width + start
@@ -57,14 +65,14 @@ class Layout:
         return cls(tuple(starts), tuple(chain.from_iterable(lengths)), len(lengths), width)
 
     def positions_bt(self) -> torch.Tensor:
-        """Position ids, restarting with each row; 0 on padding."""
+        """Return position ids, (sequences, width) int64: from 0 in each row, and 0 on padding."""
         positions_n = torch.zeros(self.sequences * self.width, dtype=torch.long)
         for start, length in zip(self.starts, self.lengths, strict=True):
             positions_n[start : start + length] = torch.arange(length)
         return positions_n.view(self.sequences, self.width)
 
     def groups(self) -> list[list[tuple[int, int]]]:
-        """Group rows of similar length, (start, length) each, in descending order."""
+        """Return groups of rows of similar length, as (start, length), longest rows first."""
         groups: list[list[tuple[int, int]]] = []
         for length, start in sorted(zip(self.lengths, self.starts, strict=True), reverse=True):
             if not groups or length < MIN_LENGTH_RATIO * groups[-1][0][1]:
@@ -73,7 +81,8 @@ class Layout:
         return groups
 
     def boundaries(self) -> tuple[list[int], int]:
-        """Return the cumulative row boundaries, with padding as rows, and the length of the longest row."""
+        """Return the boundaries of rows in the flattened batch, ascending, and the length of the longest row. Padding
+        counts as rows."""
         ends = {start + length for start, length in zip(self.starts, self.lengths, strict=True)}
         boundaries = sorted({*self.starts, *ends, *range(0, self.sequences * self.width + 1, self.width)})
         return boundaries, max(end - start for start, end in pairwise(boundaries))
@@ -81,19 +90,20 @@ class Layout:
 
 @dataclass
 class VarlenAttention:
-    """Causal attention within each row of a batch, by the layout passed to `set_layout`. One instance per model."""
+    """Attention function for transformers: causal attention within each row of a batch, by the layout of `set_layout`.
+    One instance per model."""
 
     _layout: Layout | None = None
     _device: torch.device | None = None
     _boundaries: torch.Tensor | None = None
     _max_length: int = 0
     _groups: list[torch.Tensor] = field(default_factory=list)
-    """For each group of rows of similar length, the indices of their tokens in the batch, (rows, tokens). Shorter rows
-    are padded with their last token, which causal attention of earlier tokens ignores."""
+    """For each group of rows of similar length, the indices of their tokens in the flattened batch, (rows, tokens).
+    Shorter rows are padded with their last token, to which earlier tokens do not attend."""
     _inverse_n: torch.Tensor | None = None
     """Index of each token of the batch in the concatenated outputs of the groups."""
     num_windowed: int = 0
-    """Number of calls with a sliding window."""
+    """Number of calls with a sliding window so far."""
 
     def set_layout(self, layout: Layout, device: torch.device, dtype: torch.dtype) -> None:
         """Set the layout of the next forward and backward pass."""
@@ -130,8 +140,11 @@ class VarlenAttention:
         sliding_window: int | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """(batch, heads, tokens, dim) -> (batch, tokens, heads, dim). Raises UnsupportedAttention unless it is
-        causal attention, with or without a sliding window."""
+        """Return the attention output, (batch, tokens, heads, head dim), and None. Raises UnsupportedAttention unless
+        it is causal attention, with or without a sliding window.
+
+        query_bhtd, key_bhtd, value_bhtd: (batch, heads, tokens, head dim).
+        """
         if attention_mask is not None or any(kwargs.get(name) is not None for name in UNSUPPORTED_ARGUMENTS):
             raise UnsupportedAttention
         self.num_windowed += sliding_window is not None
@@ -157,7 +170,7 @@ class VarlenAttention:
                 self._max_length,
                 scale=scaling,
                 window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-                **GROUPED,
+                **GQA_ARGUMENTS,
             )
             return out.view(batch, tokens, heads, -1), None
         inverse_n = self._build_groups()
@@ -180,7 +193,7 @@ class VarlenAttention:
 
 
 def _window_mask(tokens: int, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Mask of a causal sliding window; None if no row is longer than the window."""
+    """Return the mask of a causal sliding window, (tokens, tokens) bool; None if no row is longer than the window."""
     if window is None or tokens <= window:
         return None
     position = torch.arange(tokens, device=device)
@@ -189,7 +202,7 @@ def _window_mask(tokens: int, window: int | None, device: torch.device) -> torch
 
 
 def install_varlen_attention(model: Any) -> VarlenAttention | None:
-    """Make a causal language model attend within rows, and return its VarlenAttention. Returns None and leaves the
+    """Make a causal language model attend within rows only, and return its VarlenAttention. Return None and leave the
     model unchanged if its rows would not be independent."""
     from transformers import AttentionInterface
 
@@ -202,12 +215,8 @@ def install_varlen_attention(model: Any) -> VarlenAttention | None:
     try:
         if _rows_are_independent(model, attention, name):
             return attention
-    except (
-        UnsupportedAttention,
-        TypeError,
-        ValueError,
-    ):  # needs other attention, accepts no position ids, or no other attention function
-        pass
+    except (UnsupportedAttention, TypeError, ValueError):
+        pass  # it requires other attention, or accepts no position ids or no other attention function
     finally:
         model.train(was_training)
     model.set_attn_implementation(original)
@@ -216,34 +225,34 @@ def install_varlen_attention(model: Any) -> VarlenAttention | None:
 
 @torch.no_grad()
 def _rows_are_independent(model: Any, attention: VarlenAttention, name: str) -> bool:
-    """Whether rows of a probe batch have the same hidden states as single rows."""
-    vocabulary = model.config.get_text_config().vocab_size
-    ids_n = torch.arange(sum(PROBE), device=model.device).mul_(31).remainder_(vocabulary)
+    """Whether the rows of a probe batch have the same hidden states as single rows."""
+    vocab_size = model.config.get_text_config().vocab_size
+    ids_n = torch.arange(sum(PROBE_LENGTHS), device=model.device).mul_(31).remainder_(vocab_size)
 
     def hidden_nh(ids_n: torch.Tensor, **inputs: torch.Tensor) -> torch.Tensor:
         hidden: torch.Tensor = model.base_model(input_ids=ids_n[None], **inputs).last_hidden_state[0]
         return hidden.float()
 
-    single_rows = torch.cat([hidden_nh(row) for row in torch.split(ids_n, list(PROBE))])
-    as_one_sequence = hidden_nh(ids_n)
+    single_rows = torch.cat([hidden_nh(row) for row in torch.split(ids_n, list(PROBE_LENGTHS))])
+    without_boundaries = hidden_nh(ids_n)
     model.set_attn_implementation(name)
-    layout = Layout.of([PROBE])
+    layout = Layout.of([PROBE_LENGTHS])
     attention.set_layout(layout, model.device, model.dtype)
     attention.num_windowed = 0
     packed = hidden_nh(ids_n, position_ids=layout.positions_bt().to(model.device))
-    if attention.num_windowed != _num_window_layers(
-        model.config.get_text_config()
-    ):  # the rows of the probe are shorter than the window
+    # The rows of the probe are shorter than a window, so that hidden states do not show whether it is applied.
+    if attention.num_windowed != _num_window_layers(model.config.get_text_config()):
         return False
-    return bool((packed - single_rows).norm() <= TOLERANCE * (as_one_sequence - single_rows).norm())
+    return bool((packed - single_rows).norm() <= TOLERANCE * (without_boundaries - single_rows).norm())
 
 
 def _num_window_layers(config: Any) -> int:
-    """Number of layers with sliding-window attention; -1 if there are other kinds of attention."""
-    kinds = getattr(config, "layer_types", None)
-    if getattr(config, "attention_chunk_size", None) or set(kinds or ()) - {"full_attention", "sliding_attention"}:
+    """Return the number of layers with sliding-window attention; -1 if there are other kinds of attention."""
+    layer_types = getattr(config, "layer_types", None)
+    has_other_types = set(layer_types or ()) - {"full_attention", "sliding_attention"}
+    if getattr(config, "attention_chunk_size", None) or has_other_types:
         return -1
-    if kinds:
-        return int(list(kinds).count("sliding_attention"))
+    if layer_types:
+        return int(list(layer_types).count("sliding_attention"))
     has_window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     return int(config.num_hidden_layers) if has_window else 0

@@ -1,4 +1,4 @@
-"""Precision of models in training and scoring, by `compute.precision` and the device."""
+"""Precision of models in training and in scoring, by `compute.precision` and the device."""
 
 from __future__ import annotations
 

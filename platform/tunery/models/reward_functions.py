@@ -1,4 +1,4 @@
-"""Reward functions: a reward model, or a user's Python function. Described by plain data, and loaded in the worker."""
+"""Reward functions: a reward model or a user's Python function, described by plain data and loaded in the workers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ if TYPE_CHECKING:
     import torch
 
 RewardOrigin = dict[str, Any]
-"""models.load.Source, or {"python": path, "function": name}; JSON-serializable."""
+"""Where a reward is loaded from: models.load.Source of a reward model, or {"python": path, "function": name};
+JSON-serializable."""
 RewardFn = Callable[[Sequence[Row], Sequence[str]], list[float]]
-"""Maps prompts (rows that end with a user message) and one response to each to their rewards."""
-
-
+"""Function of prompts (rows that end with a user message) and one response to each; returns the rewards."""
 NO_LIMIT = 1 << 20
-"""`max_length` of a reward model that sees the complete conversation, up to its maximum position."""
+"""`max_length` of a reward model that gets the complete conversation, up to its maximum position."""
 
 
 def reward_origin(reward: str | Pretrained | PythonReward, artifacts: dict[str, Path], folder: Path) -> RewardOrigin:
@@ -37,8 +36,11 @@ def reward_origin(reward: str | Pretrained | PythonReward, artifacts: dict[str, 
 
 
 def load_reward(origin: RewardOrigin, dtype: torch.dtype, device: torch.device, max_length: int) -> RewardFn:
-    """Load a reward function. Raises TuneryError if it can't be loaded, or if the model has more than one output; the
-    function itself raises TuneryError for invalid rewards."""
+    """Load a reward function. Raises TuneryError if it can't be loaded, or if the model has more than one output. The
+    function raises TuneryError for invalid rewards.
+
+    dtype, device, max_length: of a reward model.
+    """
     if "python" in origin:
         return _PythonReward(Path(origin["python"]), origin["function"])
     from tunery.models.classify import SequenceClassifier
@@ -79,7 +81,7 @@ class _PythonReward:
         assert spec is not None, "it ends in .py, which was checked"
         assert spec.loader is not None, "it is a file"
         module = importlib.util.module_from_spec(spec)
-        sys.modules[spec.name] = module  # needed by dataclasses in the module
+        sys.modules[spec.name] = module  # dataclasses in the module need it
         try:
             spec.loader.exec_module(module)
             self._function = getattr(module, name)
@@ -87,9 +89,9 @@ class _PythonReward:
             raise self._failed("can't be loaded", error) from error
 
     def __call__(self, prompts: Sequence[Row], responses: Sequence[str]) -> list[float]:
-        questions = [prompt["messages"][-1]["content"] or "" for prompt in prompts]
+        prompt_texts = [prompt["messages"][-1]["content"] or "" for prompt in prompts]
         try:
-            result = self._function(questions, list(responses))
+            result = self._function(prompt_texts, list(responses))
         except Exception as error:
             raise self._failed("failed", error) from error
         if isinstance(result, str | dict) or not hasattr(result, "__len__"):
@@ -111,10 +113,12 @@ class _PythonReward:
                 raise self._error(f"gave {value!r} for the response {response[:60]!r}", "a reward is a finite number")
         return [float(value) for value in rewards]
 
-    def _failed(self, what: str, error: Exception) -> TuneryError:
+    def _failed(self, problem: str, error: Exception) -> TuneryError:
+        """Return the error for an exception of the user's code, with its line."""
         frames = traceback.extract_tb(error.__traceback__)
         lines = [frame.lineno for frame in frames if frame.filename == str(self._path)]
-        return self._error(what, f"{type(error).__name__}: {error}" + (f", at line {lines[-1]}" if lines else ""))
+        return self._error(problem, f"{type(error).__name__}: {error}" + (f", at line {lines[-1]}" if lines else ""))
 
-    def _error(self, what: str, cause: str) -> TuneryError:
-        return TuneryError(f"the reward `{self._name}` of {self._path.name} {what}", cause=cause, remedy="correct it")
+    def _error(self, problem: str, cause: str) -> TuneryError:
+        message = f"the reward `{self._name}` of {self._path.name} {problem}"
+        return TuneryError(message, cause=cause, remedy="correct it")

@@ -1,4 +1,5 @@
-"""How the rows of each stage kind become token sequences; the registry of stage kinds refers to these by name."""
+"""The row encoding of each stage kind, which converts its rows to token sequences. The registry of stage kinds refers
+to these by name."""
 
 from __future__ import annotations
 
@@ -44,12 +45,12 @@ LABELLED_ROWS = RowEncoding(
 LABELLED_BY_STAGE = RowEncoding(
     encode_unlabelled, tuple(CONTENT), "a text or a conversation", input_format="classifier"
 )
-"""Of rows whose label is given by their stage (`{good: .., bad: ..}`)."""
+"""Encoding of rows whose data stage determines their label (`{good: .., bad: ..}`)."""
 PROMPTS = RowEncoding(
-    encode_prompt_rows, PROMPT_COLUMNS, "a conversation that asks something", input_format="prompt", keeps_rows=True
+    encode_prompt_rows, PROMPT_COLUMNS, "a conversation with a prompt", input_format="prompt", keeps_rows=True
 )
 NOT_COUNTED = frozenset({NO_LABEL})
-"""Reasons that do not count towards `max_unusable`: a dataset may be partly labelled."""
+"""Reasons that do not count towards `max_unusable`: a dataset may be labelled partially."""
 
 
 def row_encoding_of(stage: Any) -> RowEncoding | None:
@@ -60,8 +61,8 @@ def row_encoding_of(stage: Any) -> RowEncoding | None:
 
 
 def encoding_of(stage: Any) -> Encoding:
-    """Return the settings that the rows of a stage are encoded with. Documents are not truncated, since they are split
-    into blocks. Prompts are not truncated either, since a truncated question is useless."""
+    """Return the Encoding of the rows of a stage. Documents are not truncated, since they are split into blocks, and
+    prompts are not truncated, since a truncated question is useless."""
     row_encoding = row_encoding_of(stage)
     if row_encoding is not None and row_encoding.in_blocks:
         return Encoding(NO_LIMIT, "all_tokens")

@@ -1,8 +1,8 @@
-"""Sample tokens from logits, reproducibly: the result depends only on the row, not on its batch or worker.
+"""Sample tokens from logits reproducibly: the result depends only on the row, not on its batch or worker.
 
-Each row has its own uniform numbers, one per token; tokens are sampled by inverting the cumulative distribution.
-One worker with 16 rows and two workers with 8 sample the same tokens, as does a resumed training, and checkpoints need
-no state of a random number generator.
+Each row has its own uniform random numbers, one per token, and tokens are sampled by inverting the cumulative
+distribution. One worker with 16 rows samples the same tokens as two workers with 8 rows each, or as a resumed training,
+and checkpoints need no state of a random number generator.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from tunery.spec import Sampling
 
 
 def uniform_numbers(seed: int, name: str, keys: Sequence[tuple[int, ...]], count: int) -> torch.Tensor:
-    """Uniform numbers in [0, 1), (keys, count) float64 on the CPU, each row from (seed, name, key) only."""
+    """Return uniform random numbers in [0, 1), (keys, count) float64 on the CPU. Those of a key depend only on (seed,
+    name, key)."""
     rows = []
     for key in keys:
         digest = hashlib.sha256(json.dumps([seed, name, *key]).encode()).digest()
@@ -27,7 +28,7 @@ def uniform_numbers(seed: int, name: str, keys: Sequence[tuple[int, ...]], count
 
 
 def sample(logits_bv: torch.Tensor, uniform_b: torch.Tensor, sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample one token per row; return it, (rows,) int64, and its log-probability, (rows,) float32.
+    """Sample one token per row; return the tokens, (rows,) int64, and their log-probabilities, (rows,) float32.
 
     logits_bv: (rows, vocabulary) in any float dtype; uniform_b: (rows,) in [0, 1) on the same device. The
     log-probability is that of the distribution after temperature and top_p. At temperature 0 the most likely token is
@@ -48,8 +49,9 @@ def sample(logits_bv: torch.Tensor, uniform_b: torch.Tensor, sampling: Sampling)
 
 
 def top_p_filter(log_probs_bv: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Set all but the most likely tokens that together reach `top_p` to -inf; the most likely one is always kept
-    (Holtzman et al. 2019, https://arxiv.org/abs/1904.09751)."""
+    """Set the log-probabilities, (rows, vocabulary), of all but the most likely tokens that together reach `top_p` to
+    -inf. The most likely token is always kept (nucleus sampling, Holtzman et al. 2019,
+    https://arxiv.org/abs/1904.09751)."""
     sorted_bv, index_bv = log_probs_bv.sort(dim=1, descending=True)
     probs_bv = sorted_bv.exp()
     removed_bv = probs_bv.cumsum(dim=1) - probs_bv >= top_p

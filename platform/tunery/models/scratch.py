@@ -1,7 +1,7 @@
 """New models: a small Llama with random weights, and a byte-level BPE tokenizer trained on the stage's rows.
 
-Byte-level BPE: Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909) over bytes, as in GPT-2. The tokenizer is
-determined by the rows, the weights by the seed.
+Byte-level BPE: Sennrich et al. 2016 (https://arxiv.org/abs/1508.07909) over bytes, as in GPT-2. The rows determine the
+tokenizer, and the seed determines the weights.
 """
 
 from __future__ import annotations
@@ -16,24 +16,26 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 PAD, END = "<|pad|>", "<|end|>"
+"""Padding and EOS token."""
 ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+"""Special tokens before the messages of each role."""
 
 
-def chat_template(before: str, behind: str, end: str) -> str:
-    """Build tunery's chat template. A message is rendered as `before` + role + `behind`, its content and `end`.
+def chat_template(before: str, after: str, end: str) -> str:
+    """Return tunery's chat template. A message is rendered as `before` + role + `after`, its content, and `end`.
 
-    Tool definitions are in the system message, and tool calls after an assistant's content, as JSON. All messages keep
-    their reasoning, in <think> tags, so that earlier messages do not depend on later ones.
+    Tool definitions are rendered in the system message, and tool calls after the content of an assistant message, as
+    JSON. All messages keep their reasoning, in <think> tags, so that earlier messages do not depend on later ones.
     """
-    before, behind, end = (json.dumps(text, ensure_ascii=False) for text in (before, behind, end))
+    before, after, end = (json.dumps(text, ensure_ascii=False) for text in (before, after, end))
     return (
         "{% if tools %}"
-        f"{{{{ {before} + 'system' + {behind} }}}}"
+        f"{{{{ {before} + 'system' + {after} }}}}"
         "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\n\n' }}{% endif %}"
         "{{ 'Tools:' }}{% for tool in tools %}{{ '\n' + (tool | tojson) }}{% endfor %}"
         f"{{{{ {end} }}}}{{% endif %}}"
         "{% for message in messages %}{% if not (tools and loop.first and message['role'] == 'system') %}"
-        f"{{{{ {before} + message['role'] + {behind} }}}}"
+        f"{{{{ {before} + message['role'] + {after} }}}}"
         "{% if message.get('reasoning_content') %}"
         "{{ '<think>\n' + message['reasoning_content'] + '\n</think>\n\n' }}{% endif %}"
         "{{ message.get('content') or '' }}"
@@ -41,7 +43,7 @@ def chat_template(before: str, behind: str, end: str) -> str:
         "{{ '<tool_call>' + ({'name': call['function']['name'], 'arguments': call['function']['arguments']} | tojson) "
         "+ '</tool_call>' }}{% endfor %}"
         f"{{{{ {end} }}}}{{% endif %}}{{% endfor %}}"
-        f"{{% if add_generation_prompt %}}{{{{ {before} + 'assistant' + {behind} }}}}{{% endif %}}"
+        f"{{% if add_generation_prompt %}}{{{{ {before} + 'assistant' + {after} }}}}{{% endif %}}"
     )
 
 
@@ -61,9 +63,10 @@ class ScratchShape:
 
     @property
     def parameters(self) -> int:
-        """Exact number: embedding; per layer attention (4), MLP (3) and two norms; final norm."""
-        layer = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate + 2 * self.hidden
-        return self.vocabulary * self.hidden + self.layers * layer + self.hidden
+        """Number of parameters: embedding; in each layer four matrices of the attention, three of the MLP, and two
+        norms; final norm."""
+        per_layer = 4 * self.hidden**2 + 3 * self.hidden * self.intermediate + 2 * self.hidden
+        return self.vocabulary * self.hidden + self.layers * per_layer + self.hidden
 
 
 SHAPES = {
@@ -97,7 +100,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def scratch_config(shape: ScratchShape, **tokens: int | None) -> LlamaConfig:
-    """Build the config. `tokens`: ids of the special tokens."""
+    """Return the config of a model with this shape. `tokens`: ids of special tokens, such as pad_token_id."""
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -114,7 +117,8 @@ def scratch_config(shape: ScratchShape, **tokens: int | None) -> LlamaConfig:
 
 
 def write_scratch_model(folder: Path, name: str, texts: Iterable[str], seed: int) -> None:
-    """Write config, weights (fp32) and tokenizer of a new model as a Hugging Face folder."""
+    """Write a new model as a Hugging Face folder: config, weights (fp32) and tokenizer. name: one of SHAPES; texts: for
+    the tokenizer; seed: of the weights."""
     import torch
     from transformers import LlamaForCausalLM
 

@@ -45,6 +45,7 @@ FORMAT = 2
 PARALLEL_ROWS = 20_000
 """Rows from which worker processes are used; they take about 5 s to import transformers."""
 POLL_SECONDS = 0.2
+"""Time between two checks whether another process has built a dataset."""
 BATCH_ROWS = 1000
 """Rows per encoding batch."""
 _NO_LABEL = -1
@@ -55,9 +56,11 @@ class TokenCache:
     """The cache of tokenised datasets in the store."""
 
     folder: Path
+    """Folder of the datasets."""
     leases: Path
+    """Folder of the leases."""
     progress: Callable[[int, int], None] = lambda done, total: None
-    """Called with the number of encoded rows and of all rows."""
+    """Called with the number of encoded rows, and of all rows."""
     waiting: Callable[[str], None] = lambda holder: None
     """Called with the name of another process that builds the dataset."""
 
@@ -70,16 +73,18 @@ class TokenCache:
         rows_name: str,
         tokenizer: PreTrainedTokenizerBase,
         encoding: Encoding,
-        kind: RowEncoding,
+        row_encoding: RowEncoding,
     ) -> TokenizedDataset:
-        """Return the tokenised rows of an artifact (at `rows`; `rows_name` in the cache key). One process builds them,
-        others wait for it."""
-        final = self.path(cache_key(rows, rows_name, tokenizer, encoding, kind.encode_rows))
-        if not (final / "stats.json").is_file():
-            with Lease(self.leases / f"tokenized-{final.name}", self.waiting):
-                if not (final / "stats.json").is_file():
-                    self._build(rows, final, _Encoder(tokenizer, encoding, kind))
-        return TokenizedDataset(final)
+        """Return the tokenised rows of an artifact. One process builds them, and others wait for it.
+
+        rows: folder of the artifact; rows_name: its name in the cache key.
+        """
+        target = self.path(cache_key(rows, rows_name, tokenizer, encoding, row_encoding.encode_rows))
+        if not (target / "stats.json").is_file():
+            with Lease(self.leases / f"tokenized-{target.name}", self.waiting):
+                if not (target / "stats.json").is_file():
+                    self._build(rows, target, _Encoder(tokenizer, encoding, row_encoding))
+        return TokenizedDataset(target)
 
     def wait_for(
         self,
@@ -87,19 +92,22 @@ class TokenCache:
         rows_name: str,
         tokenizer: PreTrainedTokenizerBase,
         encoding: Encoding,
-        kind: RowEncoding,
+        row_encoding: RowEncoding,
     ) -> TokenizedDataset:
-        """Wait until another process has built the dataset, and return it. A collective of all ranks would time out
-        while a large dataset is built; if the process that builds it fails, Ray Train stops this one too."""
-        final = self.path(cache_key(rows, rows_name, tokenizer, encoding, kind.encode_rows))
-        while not (final / "stats.json").is_file():
-            time.sleep(POLL_SECONDS)
-        return TokenizedDataset(final)
+        """Wait until another process has built the dataset, and return it. Arguments as in `open_or_build`.
 
-    def _build(self, rows: Path, final: Path, encoder: _Encoder) -> None:
-        for stale in final.parent.glob(f"{final.name}.staging-*"):  # of an interrupted build
+        A collective of all ranks would time out while a large dataset is built. If the process that builds it fails,
+        Ray Train stops this one too.
+        """
+        target = self.path(cache_key(rows, rows_name, tokenizer, encoding, row_encoding.encode_rows))
+        while not (target / "stats.json").is_file():
+            time.sleep(POLL_SECONDS)
+        return TokenizedDataset(target)
+
+    def _build(self, rows: Path, target: Path, encoder: _Encoder) -> None:
+        for stale in target.parent.glob(f"{target.name}.staging-*"):  # of an interrupted build
             shutil.rmtree(stale, ignore_errors=True)
-        staging = final.with_name(f"{final.name}.staging-{uuid.uuid4().hex[:8]}")
+        staging = target.with_name(f"{target.name}.staging-{uuid.uuid4().hex[:8]}")
         staging.mkdir(parents=True)
         files = shards(rows)
         counts = [int(pq.read_metadata(file).num_rows) for file in files]
@@ -108,7 +116,7 @@ class TokenCache:
         processes = min(available_cpus(), len(files)) if total >= PARALLEL_ROWS else 1
         with ExitStack() as stack:
             if processes > 1:
-                # Not forked: this process may have threads or CUDA contexts.
+                # Do not fork: this process may have threads or CUDA contexts.
                 pool = stack.enter_context(
                     ProcessPoolExecutor(processes, get_context("spawn"), _start_process, (encoder,))
                 )
@@ -129,14 +137,14 @@ class TokenCache:
                 ) from error
         _merge(parts, staging)
         (staging / "stats.json").write_text(json.dumps({**asdict(stats), "unusable": dict(stats.unusable)}) + "\n")
-        shutil.rmtree(final, ignore_errors=True)  # has no stats.json: an interrupted build
-        staging.rename(final)
+        shutil.rmtree(target, ignore_errors=True)  # has no stats.json: an interrupted build
+        staging.rename(target)
 
 
 def cache_key(
     rows: Path, rows_name: str, tokenizer: PreTrainedTokenizerBase, encoding: Encoding, encode_rows: EncodeRows
 ) -> str:
-    """Return the cache key of an artifact's tokenised rows: 16 hex digits."""
+    """Return the cache key of the tokenised rows of an artifact: 16 hex digits."""
     uses_date = "strftime_now" in json.dumps(tokenizer.chat_template)
     inputs = [
         FORMAT,
@@ -153,15 +161,15 @@ def cache_key(
 
 
 def _rows_key(rows: Path) -> list[Any]:
-    """Return a key of an artifact's content. The artifact's name does not suffice: scores may differ between devices,
-    and so may the rows that a filter keeps."""
+    """Return a key of the content of an artifact. Its name does not suffice: scores may differ between devices, and so
+    may the rows that a filter keeps."""
     manifests = [path for path in (rows / "manifest.json", rows.parent / "manifest.json") if path.is_file()]
-    manifest = hashlib.sha256(manifests[0].read_bytes()).hexdigest() if manifests else ""
-    return [manifest, [[shard.name, shard.stat().st_size] for shard in shards(rows)]]
+    manifest_hash = hashlib.sha256(manifests[0].read_bytes()).hexdigest() if manifests else ""
+    return [manifest_hash, [[shard.name, shard.stat().st_size] for shard in shards(rows)]]
 
 
 def available_cpus() -> int:
-    """CPUs available to this process, by its affinity and its container's quota (cgroup v2)."""
+    """Return the number of CPUs that this process may use, by its affinity and its container's quota (cgroup v2)."""
     count = len(os.sched_getaffinity(0))
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -171,7 +179,8 @@ def available_cpus() -> int:
 
 
 def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of everything that determines a text's tokens, so that models with equal tokenizers share tokenised rows."""
+    """Return a hash of everything that determines the tokens of a text. Models with equal tokenizers share tokenised
+    rows."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content: Any = dict(tokenizer.get_vocab()) if backend is None else json.loads(backend.to_str())
     for name in ("truncation", "padding"):  # set by the last call, not by the model
@@ -182,14 +191,15 @@ def tokenizer_key(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Encodes shards, in this process or another one."""
+    """Encodes shards, in this process or in another one."""
 
     tokenizer: PreTrainedTokenizerBase
     encoding: Encoding
-    kind: RowEncoding
+    row_encoding: RowEncoding
 
     def __call__(self, shard: Path, part: Path) -> TokenStats:
-        columns = [*self.kind.columns, "id", "source", "line"]
+        """Encode a shard, write its files to the new folder `part`, and return its counts."""
+        columns = [*self.row_encoding.columns, "id", "source", "line"]
         table = pq.read_table(shard, columns=list(dict.fromkeys(columns)))
         stats = TokenStats()
         lengths: list[int] = []
@@ -202,12 +212,14 @@ class _Encoder:
             tokens, types = (stack.enter_context((part / f"{name}.bin").open("wb")) for name in ("tokens", "types"))
             unusable_file = stack.enter_context((part / "unusable.jsonl").open("w", encoding="utf-8"))
             rows_file = None
-            if self.kind.keeps_rows:
+            if self.row_encoding.keeps_rows:
                 rows_file = stack.enter_context(pa.ipc.new_file(str(part / "rows.arrow"), table.schema))
             for start in range(0, table.num_rows, BATCH_ROWS):
                 batch = table.slice(start, BATCH_ROWS)
                 rows, usable = batch.to_pylist(), []
-                for row, encoded in zip(rows, self.kind.encode_rows(rows, self.tokenizer, self.encoding), strict=True):
+                for row, encoded in zip(
+                    rows, self.row_encoding.encode_rows(rows, self.tokenizer, self.encoding), strict=True
+                ):
                     stats.rows += 1
                     usable.append(not encoded.unusable)
                     stats.dropped_reasoning += sum(item.dropped_reasoning for item in encoded.sequences)
@@ -220,14 +232,14 @@ class _Encoder:
                         )
                         continue
                     stats.truncated += any(item.truncated for item in encoded.sequences)
-                    for number, item in enumerate(encoded.sequences):
+                    for index, item in enumerate(encoded.sequences):
                         tokens.write(np.asarray(item.ids, np.uint32).tobytes())
                         types.write(bytes(item.token_types or ()))
                         lengths.append(len(item.ids))
                         span_counts.append(len(item.spans))
                         spans += item.spans
                         row_ids.append(int(row["id"], 16))
-                        labels.append(encoded.labels[number] if encoded.labels else _NO_LABEL)
+                        labels.append(encoded.labels[index] if encoded.labels else _NO_LABEL)
                         stats.loss_tokens += item.num_loss_tokens
                 if rows_file is not None:
                     rows_file.write_table(batch.filter(pa.array(usable)).combine_chunks())
@@ -244,7 +256,7 @@ _process_encoder: _Encoder | None = None
 
 
 def _start_process(encoder: _Encoder) -> None:
-    """Initialize a process of the pool. Each has one core, so the tokenizer's own threads are disabled."""
+    """Initialize a process of the pool. The pool has one process per CPU, so the tokenizer's threads are disabled."""
     global _process_encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _process_encoder = encoder
@@ -256,7 +268,7 @@ def _encode_shard(shard: Path, part: Path) -> TokenStats:
 
 
 def _merge(parts: Sequence[Path], target: Path) -> None:
-    """Concatenate the parts and remove them. Holds per-sequence numbers in memory, but no tokens."""
+    """Concatenate the files of the parts and remove the parts. Numbers per sequence are in memory, but no tokens."""
     for name in ("tokens.bin", "types.bin", "unusable.jsonl"):
         with (target / name).open("wb") as stream:
             for part in parts:

@@ -3,8 +3,8 @@
 The logits are the largest tensor of a small model. The head is applied only to the hidden states that predict the
 requested tokens, in chunks of tokens. How the chunks get a gradient depends on the head:
 
-- A frozen head: log-probabilities and their gradient are computed together, since a token's log-probability depends
-  only on its own hidden state. This takes two matrix products with the head instead of three, and keeps no logits.
+- A frozen head: log-probabilities and their gradient are computed together, since the log-probability of a token
+  depends only on one hidden state. This takes two matrix products with the head instead of three, and keeps no logits.
 - A trained head, or one that ZeRO-3 shards: the logits of each chunk are recomputed in the backward pass.
 """
 
@@ -32,15 +32,16 @@ FROZEN_HEAD_LOGIT_BYTES = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
 class TokenLogProbs:
-    """Computes log-probabilities, and entropies if requested, of chosen tokens of a batch."""
+    """Computes log-probabilities of selected tokens of a batch and, if requested, entropies."""
 
     def __init__(self, model: PreTrainedModel, fuse_frozen_head: bool = True) -> None:
-        """fuse_frozen_head: False rounds as for a trained head, bit by bit."""
+        """fuse_frozen_head: with False, results are rounded exactly as those of a trained head."""
         self._model, self._fuse_frozen_head = model, fuse_frozen_head
         self.has_plain_head = head_is_plain(model)
-        """Otherwise (Gemma caps its logits, Cohere scales them) the model computes the logits of all tokens at once."""
+        """Whether the output head alone gives the logits. Otherwise (Gemma caps its logits, Cohere scales them) the
+        model computes the logits of all tokens at once."""
         self.sharded = False
-        """Whether ZeRO-3 shards the weights: all workers must then call the head equally often."""
+        """Whether ZeRO-3 shards the weights. All workers then call the head equally often."""
 
     def __call__(
         self,
@@ -52,8 +53,9 @@ class TokenLogProbs:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return log-probability and entropy (None if not requested) of each token in nats, (n,) float32.
 
-        inputs: of the model, (rows, length) each. state_indices_n: index of the hidden state that predicts each token,
-        in the flattened (rows x length). targets_n: the tokens. `temperature` divides the logits.
+        inputs: those of the model, each (rows, length). state_indices_n: (n,) int64, index in the flattened (rows x
+        length) of the hidden state that predicts each token. targets_n: (n,) int64, the tokens. temperature: divides
+        the logits.
         """
         if not self.has_plain_head:
             logits_bv = self._model(**inputs, use_cache=False).logits.flatten(0, 1)
@@ -80,7 +82,7 @@ class TokenLogProbs:
         return torch.cat(log_probs), None if entropy == "none" else torch.cat(entropies)
 
     def _num_chunks(self, tokens: int, device: torch.device) -> int:
-        """Number of head calls for `tokens` tokens; under ZeRO-3 the maximum over all workers."""
+        """Return the number of head calls for so many tokens; under ZeRO-3 the maximum over all workers."""
         chunk_size = max(1, LOGIT_BYTES // (4 * int(self._model.config.get_text_config().vocab_size)))
         num_chunks = math.ceil(tokens / chunk_size)
         if not self.sharded:
@@ -93,7 +95,7 @@ class TokenLogProbs:
 def log_probs_of(
     logits_nv: torch.Tensor, targets_n: torch.Tensor, temperature: float = 1.0, entropy: Entropy = "none"
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return log-probability and entropy of each token from its logits, (n, vocabulary), as TokenLogProbs does."""
+    """Return log-probability and entropy of each token as TokenLogProbs does, from its logits, (n, vocabulary)."""
     logits_nv = logits_nv.float()
     if temperature != 1.0:
         logits_nv = logits_nv / temperature
@@ -113,9 +115,9 @@ def frozen_head_log_probs(
     temperature: float = 1.0,
     entropy: Entropy = "none",
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Return log-probability and entropy of each token from the hidden state that predicts it, as TokenLogProbs does.
+    """Return log-probability and entropy of each token as TokenLogProbs does, from the hidden state that predicts it.
 
-    `head`: a linear layer, with or without bias; it gets no gradient.
+    hidden_nh: (n, hidden size); head: a linear layer, with or without bias, which gets no gradient.
     """
     bias: torch.Tensor | None = getattr(head, "bias", None)
     log_probs_n, entropy_n = _FrozenHeadLogProbs.apply(  # type: ignore[no-untyped-call]
@@ -165,7 +167,7 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
                     logits_mv.add_((entropy_m - norm_m)[:, None]).mul_(probs_mv)
                     entropy_grads_nh[chunk] = logits_mv.to(weight_vh.dtype) @ weight_vh
             if has_grad:
-                # d log p / d logits: one-hot minus p. Stored with the opposite sign.
+                # d log p / d logits: one-hot minus p. It is stored with the opposite sign.
                 probs_mv.scatter_add_(1, targets_m1, torch.full_like(sums_m, -1.0)[:, None])
                 grads_nh[chunk] = probs_mv.to(weight_vh.dtype) @ weight_vh
         ctx.save_for_backward(grads_nh, entropy_grads_nh)

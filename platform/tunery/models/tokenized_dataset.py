@@ -30,6 +30,7 @@ from tunery.models.encode import Span, labels_of
 from tunery.store.rows import Row
 
 Integers = npt.NDArray[np.int64]
+"""Array of int64."""
 
 
 @dataclass
@@ -50,11 +51,13 @@ class TokenStats:
     """Number of special tokens in the text of rows, encoded as ordinary text."""
 
     def add(self, other: TokenStats) -> None:
+        """Add the counts of other rows."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
     @property
     def num_unusable(self) -> int:
+        """Number of rows without a sequence."""
         return sum(self.unusable.values())
 
 
@@ -67,10 +70,11 @@ class TokenizedDataset:
         self._spans = np.load(folder / "spans.npy", mmap_mode="r")
         self._span_offsets: Integers = np.load(folder / "span_offsets.npy", mmap_mode="r")
         self.row_ids: npt.NDArray[np.uint64] = np.load(folder / "row_ids.npy", mmap_mode="r")
-        """(sequences,) id of each sequence's row."""
+        """(sequences,) uint64, id of the row of each sequence."""
         self.row_labels: npt.NDArray[np.int8] = np.load(folder / "labels.npy", mmap_mode="r")
-        """(sequences,) label of each sequence's row: 1, 0, or -1 without a label."""
+        """(sequences,) int8, label of the row of each sequence: 1, 0, or -1 without a label."""
         self.tokens: npt.NDArray[np.uint32] = _memmap(folder / "tokens.bin", np.uint32)
+        """Token ids of all sequences, concatenated."""
         self._types: npt.NDArray[np.uint8] = _memmap(folder / "types.bin", np.uint8)
         self._rows = _RowFile(folder / "rows.arrow") if (folder / "rows.arrow").is_file() else None
         stats = json.loads((folder / "stats.json").read_text())
@@ -81,37 +85,41 @@ class TokenizedDataset:
 
     @property
     def lengths(self) -> Integers:
-        """(sequences,) number of tokens of each."""
+        """(sequences,) int64, number of tokens of each sequence."""
         return np.diff(self._offsets)
 
     def ids(self, index: int) -> list[int]:
+        """Return the token ids of a sequence."""
         ids: list[int] = self.tokens[self._offsets[index] : self._offsets[index + 1]].tolist()
         return ids
 
     def spans(self, index: int) -> list[Span]:
-        start, end = self._span_offsets[index], self._span_offsets[index + 1]
-        return [(int(first), int(last)) for first, last in self._spans[start:end]]
+        """Return the spans of tokens that have a loss."""
+        first, last = self._span_offsets[index], self._span_offsets[index + 1]
+        return [(int(start), int(end)) for start, end in self._spans[first:last]]
 
     def labels(self, index: int) -> list[int]:
-        """`ids`, with -100 for tokens without a loss."""
+        """Return the token ids of a sequence, with -100 for tokens without a loss."""
         return labels_of(self.ids(index), self.spans(index))
 
     def loss_tokens(self, index: int) -> int:
+        """Return the number of tokens that have a loss."""
         return sum(end - max(start, 1) for start, end in self.spans(index) if end > 1)
 
     def token_types(self, index: int) -> list[int] | None:
-        """token_type_ids; None if the tokenizer returns none."""
+        """Return the token_type_ids of a sequence; None if the tokenizer returns none."""
         if not len(self._types):
             return None
         types: list[int] = self._types[self._offsets[index] : self._offsets[index + 1]].tolist()
         return types
 
     def row(self, index: int) -> Row:
-        """The row of a sequence, with `RowEncoding.keeps_rows`."""
+        """Return the row of a sequence. Only if the RowEncoding keeps rows."""
         assert self._rows is not None, "the stage kind does not keep rows"
         return self._rows[index]
 
     def unusable_rows(self) -> Iterator[dict[str, Any]]:
+        """Yield id, source, line and reason of each row without a sequence."""
         with (self.folder / "unusable.jsonl").open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)

@@ -27,8 +27,8 @@ def encode(
 def encode_sequences(
     rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> list[list[Encoded]]:
-    """Return the training sequences of each row: one, or several with `truncate: split`. If one is `rejected` or has no
-    loss tokens, the row is unusable."""
+    """Return the training sequences of each row: one, or several with `truncate: split`. The row is unusable if one is
+    `rejected`, or if none has loss tokens."""
     encoded = encode_untruncated(rows, tokenizer, encoding)
     return [
         [item] if len(item.ids) <= encoding.max_length else _truncated(row, item, tokenizer, encoding)
@@ -62,7 +62,7 @@ def _truncated(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, enco
         (item,) = sides
         if len(item.ids) <= limit:
             return [replace(item, truncated=True)]
-    return [cut_prompt(item, limit, bos=tokenizer.bos_token_id)]
+    return [cut_prompt(item, limit, bos_token_id=tokenizer.bos_token_id)]
 
 
 def cut_right(item: Encoded, limit: int) -> Encoded:
@@ -76,23 +76,27 @@ def cut_right(item: Encoded, limit: int) -> Encoded:
     return replace(item, ids=item.ids[:limit], spans=spans, truncated=True)
 
 
-def cut_prompt(item: Encoded, limit: int, response: int | None = None, bos: int | None = None) -> Encoded:
-    """Truncate the start of the prompt before the last span, so that prompt and response have `limit` tokens.
+def cut_prompt(
+    item: Encoded, limit: int, num_response_tokens: int | None = None, bos_token_id: int | None = None
+) -> Encoded:
+    """Truncate the start of the prompt, so that prompt and response (the last span) have `limit` tokens.
 
-    `response`: number of response tokens (default: those of the span); `bos`: kept as the first token. The prompt keeps
-    at least a quarter of `limit`; a longer response is truncated at its end. Earlier spans are kept if complete.
+    num_response_tokens: number of tokens to leave for the response, if not those of the span; bos_token_id: kept as the
+    first token, if it is. The prompt keeps at least a quarter of `limit`, and a longer response is truncated at its
+    end. Earlier spans are kept if they are complete.
     """
-    start, end = item.response
-    response = end - start if response is None else response
-    prompt = min(start, max(limit - response, int(limit * MIN_PROMPT_FRACTION)))
-    first = start - prompt
-    ids = item.ids[first:end][:limit]
-    has_bos = prompt > 1 and item.ids[0] == bos
+    response_start, response_end = item.response
+    if num_response_tokens is None:
+        num_response_tokens = response_end - response_start
+    prompt_length = min(response_start, max(limit - num_response_tokens, int(limit * MIN_PROMPT_FRACTION)))
+    first = response_start - prompt_length
+    ids = item.ids[first:response_end][:limit]
+    has_bos = prompt_length > 1 and item.ids[0] == bos_token_id
     if has_bos:
         ids[0] = item.ids[0]
-    spans = [(begin - first, stop - first) for begin, stop in item.spans[:-1] if begin >= first + has_bos]
-    if len(ids) > prompt:
-        spans.append((prompt, len(ids)))
+    spans = [(start - first, end - first) for start, end in item.spans[:-1] if start >= first + has_bos]
+    if len(ids) > prompt_length:
+        spans.append((prompt_length, len(ids)))
     return replace(item, ids=ids, spans=tuple(spans), truncated=True)
 
 
@@ -102,10 +106,12 @@ def without_oldest_turns(
     sides_of: Callable[[Row], list[Row]],
     limit: int,
 ) -> list[Encoded] | None:
-    """Encode the sides of a row (one, or both of a preference pair) without its oldest messages.
+    """Encode the sides of a row (one, or both of a preference pair) without its oldest messages. Return None if no
+    message can be dropped.
 
-    As few messages as possible are dropped so that all sides fit into `limit`, or as many as possible if they never do.
-    System messages are kept, and the rest starts with a user message. Returns None if no message can be dropped.
+    encode_rows: encodes rows without truncation; sides_of: returns the sides of a row. As few messages as possible are
+    dropped so that all sides have at most `limit` tokens, or as many as possible if they never do. System messages are
+    kept, and the other messages start with a user message.
     """
     messages = row["messages"]
     system = [message for message in messages if message["role"] == "system"]
@@ -118,7 +124,7 @@ def without_oldest_turns(
     def usable(encoded: list[Encoded]) -> bool:
         return all(item.spans and not item.rejected for item in encoded)
 
-    # Binary search: fewer messages are shorter.
+    # Binary search: fewer messages have fewer tokens.
     low, high = 0, len(starts)
     while low < high:
         middle = (low + high) // 2
@@ -131,8 +137,8 @@ def without_oldest_turns(
 
 
 def _split(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> list[Encoded]:
-    """Split at user messages into parts with as many messages as fit, each starting with the system message. A part
-    between two user messages that is still too long is split by tokens."""
+    """Split a conversation before user messages into parts with as many messages as possible. Each part starts with the
+    system message. A part between two user messages that is still too long is split into windows of tokens."""
     limit, parts = encoding.max_length, []
     messages = row["messages"]
     system = [message for message in messages if message["role"] == "system"]
@@ -157,8 +163,8 @@ def _split(row: Row, item: Encoded, tokenizer: PreTrainedTokenizerBase, encoding
 
 
 def _windows(item: Encoded, limit: int) -> list[Encoded]:
-    """Split into windows of at most `limit` tokens that contain each loss token once, with a context of up to a quarter
-    of `limit` before them."""
+    """Split a sequence into windows of at most `limit` tokens. Together they have each loss token once; up to a quarter
+    of a window is context before its loss tokens."""
     parts: list[Encoded] = []
     context, covered_to = int(limit * MIN_PROMPT_FRACTION), 0
     while pending := [max(start, covered_to) for start, end in item.spans if end > covered_to]:

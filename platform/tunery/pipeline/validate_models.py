@@ -15,8 +15,8 @@ from typing import Any
 
 from tunery.errors import SpecError, StageError
 from tunery.models.meta_model import (
-    MARGIN,
-    Form,
+    MAX_EXTRA_POSITIONS,
+    ModelForm,
     check_target_modules,
     config_of_folder,
     declared_positions,
@@ -70,8 +70,8 @@ def position_notes(experiment: Experiment, folder: Path) -> list[str]:
     notes = []
     stage: Any
     for name, stage in experiment.stages.items():
-        for _, model, limit, is_table in _limits(stage, experiment, folder, download=False):
-            if not is_table and stage.max_length > limit:
+        for _, model, limit, is_learned in _limits(stage, experiment, folder, download=False):
+            if not is_learned and stage.max_length > limit:
                 notes.append(
                     f"`{name}` reads up to {stage.max_length:,} tokens (max_length), and `{model_name(model)}` was "
                     f"trained on {limit:,} positions (max_position_embeddings): longer rows are allowed, but expect "
@@ -84,8 +84,8 @@ def _model_errors(
     stage: Any, experiment: Experiment, folder: Path, download: bool
 ) -> Iterator[tuple[tuple[KeyPath, ...], BadModel]]:
     """Yield each error with the fields that it concerns."""
-    for path, model, limit, is_table in _limits(stage, experiment, folder, download):
-        if is_table and stage.max_length > limit:
+    for path, model, limit, is_learned in _limits(stage, experiment, folder, download):
+        if is_learned and stage.max_length > limit:
             yield (
                 (("max_length",), path),
                 BadModel(
@@ -108,7 +108,7 @@ def _model_errors(
             ),
         )
     if targets := adapter.target_modules(settings_of(tuner)):
-        form: Form = TRAINERS[stage.kind].model_form
+        form: ModelForm = TRAINERS[stage.kind].model_form
         root = root_model(experiment.stages, stage.model)
         built = weightless_model(*_weightless_args(root, folder, form)) if _is_local(root, folder, download) else None
         if built is not None:
@@ -137,11 +137,11 @@ def _limits(
         if not _is_local(root, folder, download):
             continue
         declared = declared_positions(config_of_folder(_config_folder(root, folder)))
-        if declared is None or stage.max_length <= declared - MARGIN:
+        if declared is None or stage.max_length <= declared - MAX_EXTRA_POSITIONS:
             continue
         built = weightless_model(*_weightless_args(root, folder, "body"))
         if built is not None and (limit := position_limit(built)) is not None:
-            yield path, model, limit.tokens, limit.is_table
+            yield path, model, limit.tokens, limit.is_learned
 
 
 def _truncates_to_positions(stage: Any, path: KeyPath) -> bool:
@@ -182,7 +182,7 @@ def _config_folder(root: Pretrained, folder: Path, download: bool = False) -> Pa
     return found(local_files_only=False).parent
 
 
-def _weightless_args(root: Root, folder: Path, form: Form) -> tuple[str, Form, str | None]:
+def _weightless_args(root: Root, folder: Path, form: ModelForm) -> tuple[str, ModelForm, str | None]:
     """Return the arguments of `weightless_model` for a root model."""
     if isinstance(root, Scratch):
         return f"scratch:{root.scratch}", form, None

@@ -113,10 +113,10 @@ def _input_format(scorer: ScorerSpec) -> InputFormat:
     entry = SCORERS[scorer.kind()]
     if entry.input_kind != "likelihood":
         return "classifier"
-    views = entry.load()(scorer).views
-    if "alone" in views:
+    spans = entry.load()(scorer).spans
+    if "unconditional" in spans:
         return "ifd"
-    return "all_tokens" if "all" in views else "scored"
+    return "all_tokens" if "all" in spans else "scored"
 
 
 def _merge(inputs: list[ModelInput], experiment: Experiment) -> list[ModelInput]:

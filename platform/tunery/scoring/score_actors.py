@@ -12,7 +12,7 @@ from typing import Any
 from tunery.errors import TuneryError
 from tunery.models.load import Source
 from tunery.models.model_folder import BadModel
-from tunery.models.nll import SpanNll
+from tunery.models.nll import NllSpan
 from tunery.models.precision import score_dtype
 from tunery.scoring.score_shard import Scored, ScoreFn, ScorePass, score_shard
 from tunery.scoring.scorers.interfaces import ClassificationScorer, Columns, CorpusScorer, EmbeddingFn, RowScorer
@@ -49,8 +49,8 @@ class LikelihoodActor:
         from tunery.models.truncation import encode
 
         encoded = encode(rows, self._tokenizer, self._max_length)
-        views: dict[SpanNll, None] = {view: None for score in scores for view in self._scorers[score].views}
-        sums = nll_by_span(self._likelihood, encoded, list(views))
+        spans: dict[NllSpan, None] = {span: None for score in scores for span in self._scorers[score].spans}
+        sums = nll_by_span(self._likelihood, encoded, list(spans))
         truncated = [item.truncated for item in encoded]
         return {score: {**self._scorers[score](sums), "truncated": truncated} for score in scores}
 

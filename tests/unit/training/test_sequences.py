@@ -16,7 +16,7 @@ from tunery.models import token_cache
 from tunery.models.classifier_inputs import NO_LABEL, encode_classifier_inputs
 from tunery.models.encode import Encoding, as_prompt, encode_prompts
 from tunery.models.load import load_original_tokenizer, load_tokenizer
-from tunery.models.prompts import NO_QUESTION, TOO_LONG
+from tunery.models.prompts import NO_PROMPT, TOO_LONG
 from tunery.models.row_encodings import PROMPTS
 from tunery.models.token_cache import TokenCache
 from tunery.models.truncation import encode
@@ -69,7 +69,7 @@ def test_prompts_and_their_rows_are_read_from_the_cache(model: Path, tokenizer: 
         assert messages == prompt["messages"]
     assert prompts.facts() == {"rows": 5, "sequences": 3, "too_long": 1, "unusable": 1}
     reasons = [json.loads(line)["reason"] for line in (job.out / UNUSABLE).read_text().splitlines()]
-    assert reasons == [TOO_LONG, NO_QUESTION]
+    assert reasons == [TOO_LONG, NO_PROMPT]
 
 
 def test_too_few_usable_prompts_end_the_stage(model: Path, tokenizer: Any, tmp_path: Path) -> None:

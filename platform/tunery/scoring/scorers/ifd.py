@@ -11,20 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tunery.models.nll import SpanNll
+from tunery.models.nll import NllSpan
 from tunery.scoring.scorers.interfaces import Columns
 from tunery.spec import Ifd
 
 
 class IfdScorer:
-    views: tuple[SpanNll, ...] = ("response", "alone")
+    spans: tuple[NllSpan, ...] = ("response", "unconditional")
 
     def __init__(self, spec: Ifd) -> None:
         """The spec has only the model, which the actor loads."""
 
-    def __call__(self, sums: Mapping[SpanNll, Sequence[tuple[float, int]]]) -> Columns:
+    def __call__(self, sums: Mapping[NllSpan, Sequence[tuple[float, int]]]) -> Columns:
         """Return "score" above 0; NaN for plain texts, which have no prompt, and for rows without response tokens."""
-        return {"score": [ifd(*pair) for pair in zip(sums["response"], sums["alone"], strict=True)]}
+        return {"score": [ifd(*pair) for pair in zip(sums["response"], sums["unconditional"], strict=True)]}
 
 
 def ifd(conditional: tuple[float, int], unconditional: tuple[float, int]) -> float:

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from tunery.models.nll import SpanNll
+from tunery.models.nll import NllSpan
 from tunery.scoring.scorers.external_groupby import RowSignatures
 from tunery.store.rows import Row
 
@@ -37,11 +37,11 @@ class RowScorer(Protocol):
 
 
 class LikelihoodScorer(Protocol):
-    views: tuple[SpanNll, ...]
+    spans: tuple[NllSpan, ...]
     """The sums of negative log-likelihoods that the scorer needs."""
 
-    def __call__(self, sums: Mapping[SpanNll, Sequence[tuple[float, int]]]) -> Columns:
-        """Return columns from the (sum of -log p in nats, number of tokens) of each row, for each view."""
+    def __call__(self, sums: Mapping[NllSpan, Sequence[tuple[float, int]]]) -> Columns:
+        """Return columns from the (sum of -log p in nats, number of tokens) of each row, for each span."""
         ...
 
 

@@ -5,19 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tunery.models.nll import SpanNll
+from tunery.models.nll import NllSpan
 from tunery.scoring.scorers.interfaces import Columns
 from tunery.spec import Perplexity
 
 
 class PerplexityScorer:
     def __init__(self, spec: Perplexity) -> None:
-        self._view: SpanNll = spec.of
-        self.views = (self._view,)
+        self._span: NllSpan = spec.of
+        self.spans = (self._span,)
 
-    def __call__(self, sums: Mapping[SpanNll, Sequence[tuple[float, int]]]) -> Columns:
+    def __call__(self, sums: Mapping[NllSpan, Sequence[tuple[float, int]]]) -> Columns:
         """Return "score" in [1, exp(700)] (NaN for a row without tokens), "nll" (sum in nats) and "tokens"."""
-        pairs = sums[self._view]
+        pairs = sums[self._span]
         return {
             "score": [perplexity(nll, tokens) for nll, tokens in pairs],
             "nll": [nll for nll, _ in pairs],
