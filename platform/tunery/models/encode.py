@@ -121,7 +121,7 @@ def encode_untruncated(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, 
                 encoded[index] = Encoded([], (), rejected=str(error))
                 continue
             pieces.append(_pieces(conversation))
-            has_loss.append([span.turn in trained_messages for span in conversation.spans])
+            has_loss.append([span.message_index in trained_messages for span in conversation.spans])
             without_ids[index] = Encoded(
                 [],
                 (),

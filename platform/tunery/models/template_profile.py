@@ -25,11 +25,13 @@ from tunery.models.template_rendering import (
 )
 
 
-def alternating(count: int) -> list[Message]:
+def alternating_messages(count: int) -> list[Message]:
     """Return `count` messages, alternating between user and assistant, with distinct content."""
-    return [{"role": ("user", "assistant")[turn % 2], "content": f"w{turn}"} for turn in range(count)]
+    return [{"role": ("user", "assistant")[index % 2], "content": f"w{index}"} for index in range(count)]
 
 
+_UNKNOWN_END = "?"
+"""`call_end` until the EOS token of other responses is known."""
 _CALL = {"type": "function", "function": {"name": "n_call", "arguments": {"k_arg": "v_arg"}}}
 _TOOL = {
     "type": "function",
@@ -45,107 +47,115 @@ def profile_of(template: TemplateRenderer) -> TemplateProfile:
     """Return the profile of a chat template. Raises UnsupportedTemplate if the template can't render a user message
     with a response, or if it writes no EOS token and the tokenizer has none."""
     template.profile = TemplateProfile()
-    question = alternating(1)
-    text, marks = _basic(template)
+    text, _ = _render_simple(template)
     source = json.dumps(template.source, ensure_ascii=False)
+    user_message = [template.as_template_message(message) for message in alternating_messages(1)]
     try:
-        alone = template.render([template.given(item) for item in question])
-        prompt = template.render([template.given(item) for item in question], generation_prompt=True)
+        history = template.render(user_message)
+        prompt = template.render(user_message, generation_prompt=True)
     except RejectedConversation as error:
         raise UnsupportedTemplate(f"the chat template can't render a user message: {error}") from error
     profile = replace(
         template.profile,
-        generation_prompt=prompt[template.shared_prefix(prompt, alone) :],
+        generation_prompt=prompt[template.shared_prefix(prompt, history) :],
         generation_blocks=bool(re.search(r"\{%-?\s*generation\s*-?%\}", source)),
         thinking_model="</think>" in source,
         prefix=text.startswith(prompt),
     )
     template.profile = profile
     headers: list[ResponseHeader] = []
-    closings: dict[str, None] = {}
-    within: set[str] = set()
-    final: set[str] = set()
-    unclosed = None
+    closings: dict[str, None] = {}  # a set in the order of insertion
+    within_response: set[str] = set()  # special tokens between reasoning and content
+    last_ends: set[str] = set()  # EOS tokens of last messages
+    unclosed = None  # text after a last message without EOS token
 
-    def collect_headers(messages: list[Message], tools: Any = None) -> tuple[str, Marks] | None:
-        """Collect the headers and closings of a conversation's responses. Return None if it can't be rendered, or if
-        marks change the rendering."""
+    def collect(messages: list[Message], tools: Any = None) -> tuple[str, Marks] | None:
+        """Collect headers and closings of the responses in a conversation. Return its text and marks, or None if it
+        can't be rendered or if marks change the rendering."""
         nonlocal unclosed
         try:
-            text, marks = template.marked(messages, tools)
+            text, marks = template.render_marked(messages, tools)
         except RejectedConversation:
             return None
         if marks is None:
             return None
-        for turn, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            first = min((marks[key] for key in (("reasoning", turn), ("content", turn)) if key in marks), default=-1)
-            before = template.before(messages[:turn], tools)
-            if first >= len(before) and text.startswith(before):
-                header = text[len(before) : first]
+            is_last = index == len(messages) - 1
+            starts = [marks[key] for key in (("reasoning", index), ("content", index)) if key in marks]
+            start = min(starts, default=-1)
+            history = template.render_history(messages[:index], tools)
+            if start >= len(history) and text.startswith(history):
+                header = text[len(history) : start]
                 headers.append(ResponseHeader(header, _generated_from(template, header), False))
-            behind = marks.get(("content_end", turn), -1)
-            if behind < 0 or message.get("tool_calls"):
+            content_end = marks.get(("content_end", index), -1)
+            if content_end < 0 or message.get("tool_calls"):
                 continue
-            if (thought := marks.get(("reasoning_end", turn), -1)) >= 0 and ("content", turn) in marks:
-                within.update(template.special.findall(text[thought : marks["content", turn]]))
-            following = text[behind : marks.get(("content", turn + 1), len(text))]
+            reasoning_end = marks.get(("reasoning_end", index), -1)
+            if reasoning_end >= 0 and ("content", index) in marks:
+                within_response.update(template.special.findall(text[reasoning_end : marks["content", index]]))
+            following = text[content_end : marks.get(("content", index + 1), len(text))]
             if closing := _closing(template, following):
                 closings[closing] = None
-                if turn == len(messages) - 1:
-                    final.add(template.special.findall(closing)[-1])
-            elif turn == len(messages) - 1:
+                if is_last:
+                    last_ends.add(template.special.findall(closing)[-1])
+            elif is_last:
                 unclosed = following
         return text, marks
 
-    collect_headers(alternating(2))
-    multi_turn = collect_headers(alternating(4)) is not None
-    thought = [{**turn, "reasoning_content": f"r{n}"} if n % 2 else turn for n, turn in enumerate(alternating(4))]
-    found = collect_headers(thought)
-    reasoning = found is not None and ("reasoning", 3) in found[1]
-    empty = set()
-    if found is not None and reasoning:
-        text, marks = found
+    collect(alternating_messages(2))
+    multi_turn = collect(alternating_messages(4)) is not None
+    with_reasoning = [
+        {**message, "reasoning_content": f"r{index}"} if message["role"] == "assistant" else message
+        for index, message in enumerate(alternating_messages(4))
+    ]
+    rendered = collect(with_reasoning)
+    reasoning = rendered is not None and ("reasoning", 3) in rendered[1]
+    empty_thinking_headers = set()
+    if rendered is not None and reasoning:
+        text, marks = rendered
         header = headers[-1].text if headers else ""
-        empty.add(_unopened(header + text[marks["reasoning_end", 3] : marks["content", 3]]))
-    system = collect_headers([{"role": "system", "content": "s"}, *alternating(2)])
-    renders_system = system is not None and ("content", 0) in system[1]
+        empty_thinking_headers.add(_without_think_tag(header + text[marks["reasoning_end", 3] : marks["content", 3]]))
+    with_system = collect([{"role": "system", "content": "s"}, *alternating_messages(2)])
+    renders_system = with_system is not None and ("content", 0) in with_system[1]
     profile = replace(
         profile,
-        headers=_distinct(headers, empty),
+        headers=_distinct(headers, empty_thinking_headers),
         closings=tuple(sorted(closings, key=len, reverse=True)),
         unclosed=unclosed or "",
         multi_turn=multi_turn,
         reasoning=reasoning,
-        earlier_reasoning=found is not None and ("reasoning", 1) in found[1],
+        earlier_reasoning=rendered is not None and ("reasoning", 1) in rendered[1],
         system=renders_system,
     )
     template.profile = profile
     profile = _with_tools(template, profile)
     profile = template.profile = replace(profile, tools=_renders_tools(template))
     if profile.tool_calls:
-        called = [*alternating(1), {"role": "assistant", "content": "", "tool_calls": [template.call(_CALL)]}]
+        calling_message = {"role": "assistant", "content": "", "tool_calls": [template.format_call(_CALL)]}
+        with_call = [*alternating_messages(1), calling_message]
         if profile.tool_results:
-            called += [{"role": "tool", "content": "t2"}, {"role": "assistant", "content": "w3"}]
+            with_call += [{"role": "tool", "content": "t2"}, {"role": "assistant", "content": "w3"}]
         if profile.call_ids:
-            number_calls(called)
-        collect_headers(called)
+            number_calls(with_call)
+        collect(with_call)
         profile = replace(
             profile,
-            headers=_distinct(headers, empty),
+            headers=_distinct(headers, empty_thinking_headers),
             closings=tuple(sorted(closings, key=len, reverse=True)),
         )
     profile = _with_end(template, profile, unclosed)
-    within -= {*final, profile.appended_end, profile.call_end}
-    history = tuple(token for token in profile.end_tokens if token in within)
-    ends = tuple(token for token in profile.end_tokens if token not in within)
-    return replace(profile, end_tokens=ends, history_ends=history)
+    within_response -= {*last_ends, profile.appended_end, profile.call_end}
+    history_ends = tuple(token for token in profile.end_tokens if token in within_response)
+    end_tokens = tuple(token for token in profile.end_tokens if token not in within_response)
+    return replace(profile, end_tokens=end_tokens, history_ends=history_ends)
 
 
 def _closing(template: TemplateRenderer, following: str) -> str:
-    """Return the text up to the first special token, or up to the tokenizer's EOS token if only special tokens come
-    before it (Cohere's `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`). Empty if there is no special token."""
+    """Return `following`, the text after a response, up to and including the first special token, or the tokenizer's
+    EOS token if only special tokens come before it (Cohere's `<|END_RESPONSE|><|END_OF_TURN_TOKEN|>`). "" if there is
+    no special token."""
     first = template.special.search(following)
     if first is None:
         return ""
@@ -157,14 +167,14 @@ def _closing(template: TemplateRenderer, following: str) -> str:
     return following[: first.end()]
 
 
-def _basic(template: TemplateRenderer) -> tuple[str, Marks]:
-    """Render a user message with a response. Content is passed as text or, if that fails, as a list of parts; sets
-    `template.profile` accordingly. Raises UnsupportedTemplate if the template renders neither form."""
+def _render_simple(template: TemplateRenderer) -> tuple[str, Marks]:
+    """Render a user message with a response. Content is passed as text or, if that fails, as a list of parts;
+    `template.profile` is set accordingly. Raises UnsupportedTemplate if the template renders neither form."""
     failure = ""
     for parts in (False, True):
         template.profile = TemplateProfile(content_parts=parts)
         try:
-            text, marks = template.marked(alternating(2), None)
+            text, marks = template.render_marked(alternating_messages(2), None)
         except RejectedConversation as error:
             failure = failure or str(error)
             continue
@@ -178,78 +188,82 @@ def _generated_from(template: TemplateRenderer, header: str) -> int:
     space."""
     prompt = template.profile.generation_prompt
     shared = template.shared_prefix(prompt, header)
-    return len(header) if shared < len(prompt) and _squeezed(header) == _squeezed(prompt) else shared
+    return len(header) if shared < len(prompt) and _without_space(header) == _without_space(prompt) else shared
 
 
-def _squeezed(text: str) -> str:
+def _without_space(text: str) -> str:
     return re.sub(r"\s+", "", text)
 
 
-def _unopened(text: str) -> str:
-    return _squeezed(text).replace("<think>", "")
+def _without_think_tag(text: str) -> str:
+    """Return the text without white space and `<think>`."""
+    return _without_space(text).replace("<think>", "")
 
 
-def _distinct(headers: Sequence[ResponseHeader], empty: set[str]) -> tuple[ResponseHeader, ...]:
+def _distinct(headers: Sequence[ResponseHeader], empty_thinking_headers: set[str]) -> tuple[ResponseHeader, ...]:
     """Remove duplicate headers and sort them by length, descending.
 
-    `empty`: headers with the markup around reasoning, but without the reasoning itself. A header that equals one of
-    them, ignoring white space and `<think>`, contains an empty thinking block.
+    empty_thinking_headers: texts of headers with the markup around reasoning, but without reasoning, by
+    `_without_think_tag`. A header that equals one of them contains an empty thinking block.
     """
-    found = {}
+    by_text = {}
     for header in headers:
         # GLM-4.7 writes only `</think>`, where a generation prompt may have opened the block.
-        empty_thinking = "think" in header.text and _unopened(header.text) in empty
-        found[header.text] = replace(header, empty_thinking=empty_thinking)
-    return tuple(sorted(found.values(), key=lambda header: -len(header.text)))
+        empty_thinking = "think" in header.text and _without_think_tag(header.text) in empty_thinking_headers
+        by_text[header.text] = replace(header, empty_thinking=empty_thinking)
+    return tuple(sorted(by_text.values(), key=lambda header: -len(header.text)))
 
 
 def _with_tools(template: TemplateRenderer, profile: TemplateProfile) -> TemplateProfile:
     """Return the profile with the form in which the template expects tool calls, if it supports them.
 
-    The forms are tried in turn: arguments as an object or as text, content empty or null, calls without ids or with
-    them.
+    The forms are tried one after another: calls without ids or with them, content empty or null, arguments as an object
+    or as text.
     """
-    question, result = alternating(1)[0], {"role": "tool", "content": "t_result", "name": "n_call"}
+    user_message, result = alternating_messages(1)[0], {"role": "tool", "content": "t_result", "name": "n_call"}
     for ids in (False, True):
         for content in ("", None):
             for as_text in (False, True):
                 tried = replace(profile, tool_calls=True, arguments_as_text=as_text, call_content=content, call_ids=ids)
                 template.profile = tried
                 messages = [
-                    question,
-                    {"role": "assistant", "content": "", "tool_calls": [template.call(_CALL)]},
+                    user_message,
+                    {"role": "assistant", "content": "", "tool_calls": [template.format_call(_CALL)]},
                     dict(result),
                 ]
                 if ids:
                     number_calls(messages)
                 try:
-                    given = [template.given(message) for message in messages]
-                    called = template.render(given[:2])
+                    template_messages = [template.as_template_message(message) for message in messages]
+                    with_call = template.render(template_messages[:2])
                 except RejectedConversation:
                     continue
-                if not _has_call(called, as_text) or not _ends_alike(template, given[0], given[1], called):
+                if not _has_call(with_call, as_text):
+                    continue
+                if not _two_calls_end_alike(template, *template_messages[:2], with_call):
                     continue
                 try:
-                    whole = template.render(given)
-                    tried = replace(tried, tool_results="t_result" in whole)
+                    with_result = template.render(template_messages)
+                    tried = replace(tried, tool_results="t_result" in with_result)
                 except RejectedConversation:
-                    whole = called
-                tail = called[len(template.render(given[:1])) :]
-                last = last_match(template.special, tail, 0, len(tail))
-                if last is not None and not tail[last.end() :].strip():
+                    with_result = with_call
+                call_text = with_call[len(template.render(template_messages[:1])) :]
+                last = last_match(template.special, call_text, 0, len(call_text))
+                if last is not None and not call_text[last.end() :].strip():
                     return replace(tried, end_tokens=(last[0],))
-                following = template.special.match(whole, len(called)) if whole.startswith(called) else None
-                return replace(tried, call_end=following[0] if following else "?")
+                has_prefix = with_result.startswith(with_call)
+                following = template.special.match(with_result, len(with_call)) if has_prefix else None
+                return replace(tried, call_end=following[0] if following else _UNKNOWN_END)
     return replace(profile, tool_calls=False)
 
 
 def _renders_tools(template: TemplateRenderer) -> bool:
     """Whether the template renders tool definitions."""
     try:
-        defined = template.render([template.given(item) for item in alternating(1)], [_TOOL])
+        text = template.render([template.as_template_message(item) for item in alternating_messages(1)], [_TOOL])
     except RejectedConversation:
         return False
-    return "n_tool" in defined and "k_arg" in defined
+    return "n_tool" in text and "k_arg" in text
 
 
 def _has_call(text: str, as_text: bool) -> bool:
@@ -260,39 +274,42 @@ def _has_call(text: str, as_text: bool) -> bool:
     return "'k_arg'" not in text and (not as_text or '\\"k_arg' not in text)
 
 
-def _ends_alike(template: TemplateRenderer, question: Message, calling: Message, called: str) -> bool:
-    """Whether a message with one call ends with the same special token as a message with two. DeepSeek-R1's template
-    ends the message only within the loop, at the second call."""
-    twice = {**calling, "tool_calls": [*calling["tool_calls"], *json.loads(json.dumps(calling["tool_calls"]))]}
+def _two_calls_end_alike(
+    template: TemplateRenderer, user_message: Message, calling_message: Message, with_call: str
+) -> bool:
+    """Whether a message with two calls ends with the same special token as one with one call, whose text is
+    `with_call`. DeepSeek-R1's template ends a message within the loop over calls, at the second one."""
+    calls = calling_message["tool_calls"]
+    twice = {**calling_message, "tool_calls": [*calls, *json.loads(json.dumps(calls))]}
     try:
-        text = template.render([question, twice])
+        text = template.render([user_message, twice])
     except RejectedConversation:  # Llama 3.1 supports only one call per message
         return True
-    return bool(template.special.findall(text)[-1:] == template.special.findall(called)[-1:])
+    return bool(template.special.findall(text)[-1:] == template.special.findall(with_call)[-1:])
 
 
 def _with_end(template: TemplateRenderer, profile: TemplateProfile, unclosed: str | None) -> TemplateProfile:
     """Return the profile with the tokens that end a response, and the EOS token to append if the template omits it
     after the last message. Raises UnsupportedTemplate if no EOS token is known."""
-    eos = template.tokenizer.eos_token
-    ends = []
+    eos_token = template.tokenizer.eos_token
+    end_tokens = []
     for closing in profile.closings:
         token = template.special.findall(closing)[-1]
-        if token not in ends:
-            ends.append(token)
-    appended = ""
+        if token not in end_tokens:
+            end_tokens.append(token)
+    appended_end = ""
     if unclosed is not None:
         # The token that ends earlier responses (it may be the first token of the next message), or the tokenizer's own.
-        appended = ends[0] if ends else eos or ""
-        if not appended:
+        appended_end = end_tokens[0] if end_tokens else eos_token or ""
+        if not appended_end:
             raise UnsupportedTemplate(
                 "it renders no end token after a response, and the tokenizer has no `eos_token`: the model would never "
                 "learn to stop"
             )
-    if appended and appended not in ends:
-        ends.append(appended)
-    if profile.call_end == "?":
-        profile = replace(profile, call_end=appended or eos or "")
-    called = (profile.call_end, *profile.end_tokens)
-    ends += [token for token in called if token and token not in ends]
-    return replace(profile, end_tokens=tuple(ends), appended_end=appended)
+    if appended_end and appended_end not in end_tokens:
+        end_tokens.append(appended_end)
+    if profile.call_end == _UNKNOWN_END:
+        profile = replace(profile, call_end=appended_end or eos_token or "")
+    call_ends = (profile.call_end, *profile.end_tokens)
+    end_tokens += [token for token in call_ends if token and token not in end_tokens]
+    return replace(profile, end_tokens=tuple(end_tokens), appended_end=appended_end)

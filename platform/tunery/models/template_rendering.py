@@ -1,6 +1,6 @@
 """Render a conversation with a model's chat template, with marks that locate the content of messages.
 
-A template is a program from the model's folder. It is called as its `TemplateProfile` requires
+A template is a program from the model's folder. Its input has the form that its `TemplateProfile` requires
 (models/template_profile.py), and its errors become RejectedConversation with the template's message.
 """
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 Message = dict[str, Any]
 Marks = dict[tuple[str, int], int]
-"""Maps (kind, turn) to the character index of the mark; -1 if it was rendered twice, except for `content_end`, where
-the last index counts. Kinds: `content`, `content_end`, `reasoning`, `reasoning_end`, and `call0_` for the name of a
-message's first tool call."""
+"""Character index of each mark, by (kind, index of the message). It is -1 if the mark was rendered twice, except for
+`content_end`, where it is the last index. Kinds: `content`, `content_end`, `reasoning`, `reasoning_end`, and `call0_`
+for the name of the first tool call of a message."""
 
 # Unicode noncharacters do not occur in text for interchange (https://www.unicode.org/faq/private_use.html#nonchar1).
 _MARK = re.compile("\ufdd0([a-z_0-9]*[a-z_])([0-9]+)\ufdd1")
 
 
 class RejectedConversation(ValueError):
-    """The chat template can't render a conversation, or omits a part of it; the message has the reason."""
+    """The chat template can't render a conversation, or omits a part of it. The message has the reason."""
 
 
 class UnsupportedTemplate(ValueError):
-    """No method gives an exact mask for a chat template, or it fails on a simple conversation."""
+    """No method gives the exact responses of a chat template, or it fails on a simple conversation."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ResponseHeader:
     generated_from: int
     """Index in `text` where it diverges from the generation prompt: the model generates the rest."""
     empty_thinking: bool
-    """Whether that rest is a thinking block without content (Qwen3's `<think>\\n\\n</think>\\n\\n`)."""
+    """Whether the generated rest is a thinking block without content (Qwen3's `<think>\\n\\n</think>\\n\\n`)."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,9 @@ class TemplateProfile:
     content_parts: bool = False
     """Whether content is passed as a list of parts, as in templates of vision-language models."""
     headers: tuple[ResponseHeader, ...] = ()
+    """Texts between a user message and a response, longest first."""
     closings: tuple[str, ...] = ()
-    """Text after a response, up to and including its EOS token."""
+    """Texts after a response, up to and including its EOS token, longest first."""
     end_tokens: tuple[str, ...] = ()
     """Special tokens that end a generated response."""
     history_ends: tuple[str, ...] = ()
@@ -65,10 +66,13 @@ class TemplateProfile:
     unclosed: str = ""
     """Text that the template writes after the last message instead of an EOS token."""
     generation_blocks: bool = False
+    """Whether the template marks responses with `{% generation %}`."""
     system: bool = True
+    """Whether system messages are rendered."""
     multi_turn: bool = True
+    """Whether more than one prompt with a response can be rendered."""
     prefix: bool = True
-    """Whether a response starts with the generation prompt."""
+    """Whether the prompt with the generation prompt is a prefix of the conversation with the response."""
     reasoning: bool = False
     """Whether `reasoning_content` of the last message is rendered."""
     earlier_reasoning: bool = False
@@ -76,8 +80,11 @@ class TemplateProfile:
     thinking_model: bool = False
     """Whether the template contains `</think>`, even if it renders no reasoning."""
     tool_calls: bool = False
+    """Whether tool calls are rendered."""
     tool_results: bool = False
+    """Whether messages with the role `tool` are rendered."""
     tools: bool = False
+    """Whether definitions of tools are rendered."""
     arguments_as_text: bool = False
     """Whether arguments of tool calls are passed as JSON text instead of an object."""
     call_content: str | None = ""
@@ -97,23 +104,25 @@ class TemplateRenderer:
         self.profile = TemplateProfile()
         added = tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special} | set(tokenizer.all_special_tokens)
-        literal = json.dumps(self.source, ensure_ascii=False)
-        markup = {token.content for token in added if token.content in literal and not token.content.isspace()}
+        source_text = json.dumps(self.source, ensure_ascii=False)
+        markup = {token.content for token in added if token.content in source_text and not token.content.isspace()}
         self.special_tokens = frozenset(token for token in special if token.strip())
         """Special tokens of the tokenizer."""
         self.control_tokens = tuple(sorted(self.special_tokens | markup))
         """Special tokens, and added tokens that the template writes (`<tool_call>`)."""
         self.special = any_of(self.special_tokens)
+        """Matches a special token."""
         self.control = any_of(self.control_tokens)
+        """Matches a control token."""
 
     def render(
         self, messages: Sequence[Message], tools: Any = None, generation_prompt: bool = False, **options: Any
     ) -> str:
         """Render messages. Raises RejectedConversation with the template's message."""
-        text, _ = self.rendered(messages, tools, generation_prompt, blocks=False, **options)
+        text, _ = self.render_with_blocks(messages, tools, generation_prompt, blocks=False, **options)
         return text
 
-    def rendered(
+    def render_with_blocks(
         self, messages: Sequence[Message], tools: Any, generation_prompt: bool, blocks: bool, **options: Any
     ) -> tuple[str, list[tuple[int, int]]]:
         """Render messages. Return the text and, with `blocks`, the (start, end) characters of the generation blocks.
@@ -133,45 +142,47 @@ class TemplateRenderer:
             raise RejectedConversation(f"the chat template fails: {first_line(error)}") from error
         return texts[0], [tuple(span) for span in spans[0]] if blocks else []
 
-    def marked(
+    def render_marked(
         self, messages: Sequence[Message], tools: Any, generation_prompt: bool = False
     ) -> tuple[str, Marks | None]:
-        """Return the rendered text and the marks of each message's content; None if marks change the rendering."""
-        given = [self.given(message) for message in messages]
-        text = self.render(given, tools, generation_prompt)
-        marked = [self.given(with_marks(message, turn)) for turn, message in enumerate(messages)]
+        """Return the rendered text, and the marks of the content of each message; None if marks change the rendering.
+        Raises RejectedConversation with the template's message."""
+        text = self.render([self.as_template_message(message) for message in messages], tools, generation_prompt)
+        marked = [self.as_template_message(with_marks(message, index)) for index, message in enumerate(messages)]
         try:
-            raw = self.render(marked, tools, generation_prompt)
+            marked_text = self.render(marked, tools, generation_prompt)
         except RejectedConversation:
             return text, None
         marks: Marks = {}
-        plain: list[str] = []
-        length = at = 0
-        for match in _MARK.finditer(raw):
-            plain.append(raw[at : match.start()])
-            length += match.start() - at
-            at = match.end()
+        unmarked: list[str] = []
+        length = position = 0  # of the unmarked text so far; in the marked text
+        for match in _MARK.finditer(marked_text):
+            unmarked.append(marked_text[position : match.start()])
+            length += match.start() - position
+            position = match.end()
             key = (match[1], int(match[2]))
             if key in marks and key[0] != "content_end":
-                marks[key] = -1  # rendered twice: the position is ambiguous
+                marks[key] = -1  # rendered twice, so the position is ambiguous
             else:
                 marks[key] = length
-        plain.append(raw[at:])
-        return text, marks if "".join(plain) == text else None
+        unmarked.append(marked_text[position:])
+        return text, marks if "".join(unmarked) == text else None
 
-    def given(self, message: Message) -> Message:
-        """Return a message as the template expects it: content as parts, reasoning under all names in use."""
-        given = dict(message)
-        if "reasoning_content" in given:
-            given["reasoning"] = given["thinking"] = given["reasoning_content"]
-        if given.get("tool_calls") and not given["content"]:
-            given["content"] = self.profile.call_content
-        if self.profile.content_parts and isinstance(given["content"], str):
-            given["content"] = [{"type": "text", "text": given["content"]}]
-        return given
+    def as_template_message(self, message: Message) -> Message:
+        """Return a message in the form that the template expects: content as text or parts, reasoning under all names
+        that templates use."""
+        template_message = dict(message)
+        if "reasoning_content" in template_message:
+            reasoning = template_message["reasoning_content"]
+            template_message["reasoning"] = template_message["thinking"] = reasoning
+        if template_message.get("tool_calls") and not template_message["content"]:
+            template_message["content"] = self.profile.call_content
+        if self.profile.content_parts and isinstance(template_message["content"], str):
+            template_message["content"] = [{"type": "text", "text": template_message["content"]}]
+        return template_message
 
-    def call(self, call: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a tool call with its arguments as the template expects them: an object or JSON text."""
+    def format_call(self, call: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a tool call with its arguments in the form that the template expects: an object or JSON text."""
         function = dict(call["function"])
         arguments = function.get("arguments", {})
         if self.profile.arguments_as_text and not isinstance(arguments, str):
@@ -183,12 +194,13 @@ class TemplateRenderer:
                 pass  # keep text that is not JSON
         return {**call, "function": function}
 
-    def before(self, messages: Sequence[Message], tools: Any) -> str:
-        """Render messages without the generation prompt. Some templates write a token after a conversation without
-        generation prompt (Phi-3's `<|endoftext|>`), so the common prefix of both renderings is returned."""
-        given = [self.given(item) for item in messages]
-        prompt = self.render(given, tools, generation_prompt=True)
-        return prompt[: self.shared_prefix(prompt, self.render(given, tools))]
+    def render_history(self, messages: Sequence[Message], tools: Any) -> str:
+        """Return the text of messages before the generation prompt. Some templates write a token after a conversation
+        without generation prompt (Phi-3's `<|endoftext|>`), so this is the common prefix of the renderings with and
+        without generation prompt."""
+        template_messages = [self.as_template_message(message) for message in messages]
+        prompt = self.render(template_messages, tools, generation_prompt=True)
+        return prompt[: self.shared_prefix(prompt, self.render(template_messages, tools))]
 
     def shared_prefix(self, prompt: str, text: str) -> int:
         """Return the length of the common prefix, shortened so that it does not end within a control token."""
@@ -200,38 +212,47 @@ class TemplateRenderer:
 
 
 def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    """Return a pattern that matches any of the tokens, longest first; nothing without tokens."""
+    """Return a pattern that matches any of the tokens, the longest first. Without tokens it matches nothing."""
     return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or r"(?!)")
 
 
 def last_match(pattern: re.Pattern[str], text: str, start: int, end: int) -> re.Match[str] | None:
+    """Return the last match in `text[start:end]`."""
     matches = list(pattern.finditer(text, start, end))
     return matches[-1] if matches else None
 
 
 def common_prefix(one: str, other: str) -> int:
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     if other.startswith(one):
         return len(one)
-    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
+    return next((index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class."""
     lines = str(error).strip().splitlines()
     return f"{lines[0] if lines else ''}" or type(error).__name__
 
 
-def with_marks(message: Message, turn: int) -> Message:
-    """Add marks to a message, inside the outer white space, which a template may strip."""
+def with_marks(message: Message, index: int) -> Message:
+    """Return a message with marks, inside its leading and trailing white space, which a template may strip. `index`: of
+    the message in the conversation."""
     marked = dict(message)
     for name, kind in (("content", "content"), ("reasoning_content", "reasoning")):
-        if core := message.get(name, "").strip():
-            before, behind = message[name].split(core, 1)
-            marked[name] = f"{before}\ufdd0{kind}{turn}\ufdd1{core}\ufdd0{kind}_end{turn}\ufdd1{behind}"
+        if stripped := message.get(name, "").strip():
+            before, after = message[name].split(stripped, 1)
+            marked[name] = f"{before}\ufdd0{kind}{index}\ufdd1{stripped}\ufdd0{kind}_end{index}\ufdd1{after}"
     if message.get("tool_calls"):
         marked["tool_calls"] = [
-            {**call, "function": {**call["function"], "name": f"\ufdd0call{n}_{turn}\ufdd1{call['function']['name']}"}}
-            for n, call in enumerate(message["tool_calls"])
+            {
+                **call,
+                "function": {
+                    **call["function"],
+                    "name": f"\ufdd0call{call_index}_{index}\ufdd1{call['function']['name']}",
+                },
+            }
+            for call_index, call in enumerate(message["tool_calls"])
         ]
     return marked
 
