@@ -57,18 +57,20 @@ def preview_records(
     input_format: InputFormat = "conversation",
     model: PreTrainedModel | None = None,
 ) -> list[dict[str, Any]]:
-    """Return records of the first `count` rows for the event `preview`. Raises UnsupportedTemplate, like the training
-    itself."""
+    """Return records of the first `count` rows for the event `preview`. Raises UnsupportedTemplate as `preview_rows`
+    does."""
     first = list(islice(rows, count))
-    shown = preview_rows(first, tokenizer, encoding, input_format, model=model, max_tokens=MAX_RECORD_TOKENS)
-    return [row.as_record(MAX_RECORD_TOKENS) for row in shown]
+    previews = preview_rows(first, tokenizer, encoding, input_format, model=model, max_tokens=MAX_RECORD_TOKENS)
+    return [row.as_record(MAX_RECORD_TOKENS) for row in previews]
 
 
 def stage_preview(
     stage: Any, rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel | None = None
 ) -> dict[str, Any]:
-    """Return the event `preview` of a training: {template, records}. `rows` have the columns COLUMNS; `model` is
-    required only by trainings of classifiers and reward models. Raises UnsupportedTemplate."""
+    """Return the fields of the event `preview` of a training: {template, records}. Raises UnsupportedTemplate.
+
+    rows: with the columns COLUMNS; model: required by trainings of classifiers and reward models only.
+    """
     first = list(islice(rows, ROWS))
     input_format, encoding = training_input(stage)
     records = preview_records(first, tokenizer, encoding, input_format=input_format, model=model)
@@ -94,7 +96,7 @@ def preview_rows(
     skip: int = 0,
     max_tokens: int | None = None,
 ) -> list[PreviewRow]:
-    """Return the sequences of each row.
+    """Return the preview of each row.
 
     `model`: required by the formats `classifier` and `reward_pair`, with or without weights; its config limits the
     length of a row. `skip`: number of rows without a preview, which only determine where blocks of documents begin.
@@ -106,10 +108,10 @@ def preview_rows(
     rows = rows[skip:]
     if input_format in ("classifier", "reward_pair"):
         assert model is not None, "these formats need a model"
-        read = ClassifierEncoder(model, tokenizer, encoding.max_length)
-        show = _reward_pair if input_format == "reward_pair" else _classified
-        return [show(row, read, tokenizer, encoding.max_length) for row in rows]
-    make: dict[str, Callable[[Row, PreTrainedTokenizerBase, Encoding], PreviewRow]] = {
+        encoder = ClassifierEncoder(model, tokenizer, encoding.max_length)
+        preview_row = _reward_pair if input_format == "reward_pair" else _classified
+        return [preview_row(row, encoder, tokenizer, encoding.max_length) for row in rows]
+    preview_functions: dict[str, Callable[[Row, PreTrainedTokenizerBase, Encoding], PreviewRow]] = {
         "conversation": _conversation,
         "pair": _pair,
         "rated": _rated,
@@ -118,7 +120,7 @@ def preview_rows(
         "all_tokens": _all_tokens,
         "ifd": _ifd,
     }
-    return [make[input_format](row, tokenizer, encoding) for row in rows]
+    return [preview_functions[input_format](row, tokenizer, encoding) for row in rows]
 
 
 # Rows to sequences, by format
@@ -134,16 +136,17 @@ def _documents(
     """Preview each row's part of the blocks. The first token of a block has no loss, since nothing predicts it."""
     encoded = encode_untruncated(rows, tokenizer, Encoding(NO_LIMIT, "all_tokens")) if rows else []
     start = sum(len(item.ids) for item in encoded[:skip])
-    found = []
+    previews = []
     for row, item in zip(rows[skip:], encoded[skip:], strict=True):
         first = -start % block
-        begins = range(first, len(item.ids), block)
-        trained = frozenset(range(len(item.ids))) - frozenset(begins)
-        marks = tuple((index, f"block {(start + index) // block + 1} begins") for index in begins)
-        one = _sequence("", item, tokenizer, block, frozenset(begins), max_tokens)
-        found.append(_row(row, [replace(one, has_loss=bool(item.ids), trained=trained, blocks=True, marks=marks)]))
+        block_starts = range(first, len(item.ids), block)
+        trained = frozenset(range(len(item.ids))) - frozenset(block_starts)
+        marks = tuple((index, f"block {(start + index) // block + 1} begins") for index in block_starts)
+        sequence = _sequence("", item, tokenizer, block, frozenset(block_starts), max_tokens)
+        sequence = replace(sequence, has_loss=bool(item.ids), trained=trained, blocks=True, marks=marks)
+        previews.append(_row(row, [sequence]))
         start += len(item.ids)
-    return found
+    return previews
 
 
 def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
@@ -156,37 +159,37 @@ def _conversation(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encodi
 
 
 def _pair(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
-    (found,) = encode_pairs([row], tokenizer, encoding)
-    if not found.sequences:
-        return _row(row, [], found.unusable)
+    (encoded,) = encode_pairs([row], tokenizer, encoding)
+    if not encoded.sequences:
+        return _row(row, [], encoded.unusable)
     sides = [
         (label, side, item)
-        for side, (label, item) in enumerate(zip(("chosen", "rejected"), found.sequences, strict=True))
+        for side, (label, item) in enumerate(zip(("chosen", "rejected"), encoded.sequences, strict=True))
     ]
-    shown = _responses(row, sides, tokenizer, encoding)
-    return _row(row, shown, "" if any(one.reason for one in shown) else found.unusable)
+    previews = _responses(row, sides, tokenizer, encoding)
+    return _row(row, previews, "" if any(sequence.reason for sequence in previews) else encoded.unusable)
 
 
 def _rated(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
-    (found,) = encode_rated([row], tokenizer, encoding)
+    (encoded,) = encode_rated([row], tokenizer, encoding)
     sides = [
         ("desirable" if label else "undesirable", 1 if row.get("rejected") and not label else 0, item)
-        for label, item in zip(found.labels, found.sequences, strict=True)
+        for label, item in zip(encoded.labels, encoded.sequences, strict=True)
     ]
-    shown = _responses(row, sides, tokenizer, encoding)
-    return _row(row, shown, "" if any(one.reason for one in shown) else found.unusable)
+    previews = _responses(row, sides, tokenizer, encoding)
+    return _row(row, previews, "" if any(sequence.reason for sequence in previews) else encoded.unusable)
 
 
 def _prompt(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
-    (found,) = encode_prompt_rows([row], tokenizer, encoding)
-    if not found.sequences:
-        return _row(row, [], found.unusable)
-    (item,) = found.sequences
-    one = _sequence("", item, tokenizer, encoding.max_length)
-    if found.unusable == TOO_LONG:
+    (encoded,) = encode_prompt_rows([row], tokenizer, encoding)
+    if not encoded.sequences:
+        return _row(row, [], encoded.unusable)
+    (item,) = encoded.sequences
+    sequence = _sequence("", item, tokenizer, encoding.max_length)
+    if encoded.unusable == TOO_LONG:
         reason = f"its prompt has {len(item.ids):,} tokens, and max_length allows {encoding.max_length:,}"
-        one = replace(one, reason=reason)
-    return _row(row, [replace(one, marks=((len(item.ids), "generation begins here"),) if item.ids else ())])
+        sequence = replace(sequence, reason=reason)
+    return _row(row, [replace(sequence, marks=((len(item.ids), "generation begins here"),) if item.ids else ())])
 
 
 def _scored(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> PreviewRow:
@@ -210,20 +213,24 @@ def _ifd(row: Row, tokenizer: PreTrainedTokenizerBase, encoding: Encoding) -> Pr
     return _row(row, [after_prompt, _sequence("without the prompt", alone, tokenizer, encoding.max_length)])
 
 
-def _classified(row: Row, read: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
-    return _row(row, [_classifier_sequence("", row, read([row])[0], read, tokenizer, max_length)])
+def _classified(
+    row: Row, encoder: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PreviewRow:
+    return _row(row, [_classifier_sequence("", row, encoder([row])[0], encoder, tokenizer, max_length)])
 
 
-def _reward_pair(row: Row, read: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int) -> PreviewRow:
-    (found,) = encode_reward_pairs([row], tokenizer, read.encoding)
-    if not found.sequences:
-        return _row(row, [], found.unusable)
-    chosen, rejected = found.sequences
+def _reward_pair(
+    row: Row, encoder: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PreviewRow:
+    (encoded,) = encode_reward_pairs([row], tokenizer, encoder.encoding)
+    if not encoded.sequences:
+        return _row(row, [], encoded.unusable)
+    chosen, rejected = encoded.sequences
     sides = [
-        _classifier_sequence("chosen", row, chosen, read, tokenizer, max_length),
-        _classifier_sequence("rejected", rejected_side(row), rejected, read, tokenizer, max_length),
+        _classifier_sequence("chosen", row, chosen, encoder, tokenizer, max_length),
+        _classifier_sequence("rejected", rejected_side(row), rejected, encoder, tokenizer, max_length),
     ]
-    return _row(row, sides, "" if any(side.reason for side in sides) else found.unusable)
+    return _row(row, sides, "" if any(side.reason for side in sides) else encoded.unusable)
 
 
 # Sequences
@@ -277,27 +284,27 @@ def _with_loss_and_cuts(
     label: str, item: Encoded, source: Untruncated | None, tokenizer: PreTrainedTokenizerBase, encoding: Encoding
 ) -> PreviewSequence:
     if source is None:
-        one = _sequence(label, item, tokenizer, encoding.max_length)
+        sequence = _sequence(label, item, tokenizer, encoding.max_length)
     else:
         kept = kept_indices(item, source, encoding.truncate, tokenizer)
-        one = _with_kept(label, item, source.whole.ids, kept, tokenizer, encoding.max_length)
-    if not item.num_loss_tokens and not one.reason:
-        one = replace(one, reason="no response is left to train on: it is empty, masked, or cut off")
-    return one
+        sequence = _with_kept(label, item, source.full.ids, kept, tokenizer, encoding.max_length)
+    if not item.num_loss_tokens and not sequence.reason:
+        sequence = replace(sequence, reason="no response is left to train on: it is empty, masked, or cut off")
+    return sequence
 
 
 def _with_kept(
     label: str,
     item: Encoded,
-    whole: Sequence[int],
+    full: Sequence[int],
     kept: Sequence[int] | None,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
 ) -> PreviewSequence:
-    """Preview a sequence with its cuts. `kept`: index in `whole` of each token of `item`; None if unknown."""
-    positions = None if kept is None else cut_positions(kept, len(whole))
+    """Preview a sequence with its cuts. `kept`: index in `full` of each token of `item`; None if unknown."""
+    positions = None if kept is None else cut_positions(kept, len(full))
     edges = frozenset(index for index, _, _ in positions or ())
-    return with_cuts(_sequence(label, item, tokenizer, max_length, edges), whole, positions, tokenizer)
+    return with_cuts(_sequence(label, item, tokenizer, max_length, edges), full, positions, tokenizer)
 
 
 def _sequence(
@@ -311,21 +318,21 @@ def _sequence(
     edges |= {edge for span in item.spans for edge in span}
     notes = []
     if item.dropped_reasoning:
-        turns = (
+        messages = (
             "an assistant message" if item.dropped_reasoning == 1 else f"{item.dropped_reasoning} assistant messages"
         )
-        notes.append(f"the chat template drops the reasoning of {turns}")
+        notes.append(f"the chat template drops the reasoning of {messages}")
     if item.escaped_tokens:
-        own = "a special token" if item.escaped_tokens == 1 else f"{item.escaped_tokens} special tokens"
-        notes.append(f"{own} in the row's own text is encoded as ordinary text")
-    head, rest = len(item.ids), len(item.ids)
+        tokens = "a special token" if item.escaped_tokens == 1 else f"{item.escaped_tokens} special tokens"
+        notes.append(f"{tokens} in the row's own text is encoded as ordinary text")
+    head, tail_start = len(item.ids), len(item.ids)
     if max_tokens is not None and len(item.ids) > max_tokens:
         head = max_tokens * 3 // 4
-        rest -= max_tokens - head
+        tail_start -= max_tokens - head
     groups = list(token_groups(item.ids, tokenizer, edges, 0, head))
-    if head < rest:
-        groups.append(TokenGroup(tuple(item.ids[head:rest]), "", False, omitted=True))
-        groups += token_groups(item.ids, tokenizer, edges, rest)
+    if head < tail_start:
+        groups.append(TokenGroup(tuple(item.ids[head:tail_start]), "", False, omitted=True))
+        groups += token_groups(item.ids, tokenizer, edges, tail_start)
     return PreviewSequence(
         label,
         tuple(item.ids),
@@ -340,13 +347,13 @@ def _sequence(
 
 
 def _classifier_sequence(
-    label: str, row: Row, item: Encoded, read: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int
+    label: str, row: Row, item: Encoded, encoder: ClassifierEncoder, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> PreviewSequence:
-    encoding = read.encoding
-    (whole,) = encode_classifier_inputs([row], tokenizer, replace(encoding, max_length=NO_LIMIT))
-    if not item.ids or len(item.ids) == len(whole.ids):
-        one = _sequence(label, item, tokenizer, max_length)
-        return one if item.ids or item.rejected else replace(one, reason=NO_TOKEN)
+    encoding = encoder.encoding
+    (full,) = encode_classifier_inputs([row], tokenizer, replace(encoding, max_length=NO_LIMIT))
+    if not item.ids or len(item.ids) == len(full.ids):
+        sequence = _sequence(label, item, tokenizer, max_length)
+        return sequence if item.ids or item.rejected else replace(sequence, reason=NO_TOKEN)
     if row.get("messages") and tokenizer.chat_template is not None:
         # Encode the row again to get the span of the response; the tokens are the same.
         (with_span,) = encode_responses([row], tokenizer, encoding)
@@ -359,8 +366,8 @@ def _classifier_sequence(
         )
         kept = kept_indices(with_span, source, encoding.truncate, tokenizer)
     else:
-        kept = kept_of_text(whole.ids, item.ids)
-    return _with_kept(label, item, whole.ids, kept, tokenizer, max_length)
+        kept = kept_of_text(full.ids, item.ids)
+    return _with_kept(label, item, full.ids, kept, tokenizer, max_length)
 
 
 # Summaries of the text and tokens around rows
@@ -372,15 +379,15 @@ def template_summary(tokenizer: PreTrainedTokenizerBase) -> str:
     calls = "not rendered"
     if profile.tool_calls:
         parts = [("results", profile.tool_results), ("definitions of tools", profile.tools)]
-        with_ = [name for name, rendered in parts if rendered]
-        without = [name for name, rendered in parts if not rendered]
-        calls = "rendered" + (f" with {' and '.join(with_)}" if with_ else "")
-        calls += f", without {' and '.join(without)}" if without else ""
+        rendered = [name for name, is_rendered in parts if is_rendered]
+        not_rendered = [name for name, is_rendered in parts if not is_rendered]
+        calls = "rendered" + (f" with {' and '.join(rendered)}" if rendered else "")
+        calls += f", without {' and '.join(not_rendered)}" if not_rendered else ""
     if profile.reasoning:
         thinking = "rendered" if profile.earlier_reasoning else "rendered in the last message only"
     else:
         thinking = "dropped from responses before the last" if profile.thinking_model else "not rendered"
-    said = [
+    sentences = [
         f"a response ends with {' or '.join(profile.end_tokens) or 'no token'}"
         + (f" ({profile.appended_end} is added after the last message)" if profile.appended_end else ""),
         f"generation begins after {profile.generation_prompt!r}" if profile.generation_prompt else "",
@@ -389,12 +396,12 @@ def template_summary(tokenizer: PreTrainedTokenizerBase) -> str:
         f"tool calls are {calls}",
         f"reasoning is {thinking}",
     ]
-    return "; ".join(part for part in said if part)
+    return "; ".join(sentence for sentence in sentences if sentence)
 
 
 def text_summary(tokenizer: PreTrainedTokenizerBase) -> str:
     """Describe the special tokens around a text in one sentence."""
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
-    begin = f"begins with {tokenizer.bos_token}" if adds_bos else "has no token before it"
+    starts_with_bos = tokenizer.bos_token_id is not None and tokenizer("x")["input_ids"][:1] == [tokenizer.bos_token_id]
+    begin = f"begins with {tokenizer.bos_token}" if starts_with_bos else "has no token before it"
     end = f"ends with {tokenizer.eos_token}" if tokenizer.eos_token is not None else "has no end token"
     return f"a text {begin} and {end}"

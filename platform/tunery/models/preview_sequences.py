@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SegmentKind = Literal["trained", "masked", "input", "cut", "mark"]
-"""input: a token of a sequence without a loss; cut: a token removed by truncation; mark: a position instead of a token,
-such as the beginning of a block."""
+"""Kind of a segment. trained, masked: tokens with and without a loss; input: tokens of a sequence in which no token has
+a loss; cut: tokens that truncation has removed; mark: a note at a position, such as the beginning of a block."""
 _CONTEXT_TOKENS = 8
 """Number of preceding tokens that are decoded as context: some tokenizers (Llama 2's) drop the leading space of the
 first token of a text."""
@@ -33,9 +33,10 @@ class TokenGroup:
     """Whether it is a special token, or an added token such as `<think>`. The same characters in a row's own text are
     not special."""
     omitted: bool = False
-    """Whether it is the middle of a long document, which is not decoded."""
+    """Whether these tokens are the middle of a long document, which is not decoded."""
 
     def display_text(self, with_ids: bool) -> str:
+        """Return the text of the group, with `with_ids` after the token ids."""
         if not with_ids:
             return self.text
         end = "" if self.text.endswith("\n") else "  "
@@ -67,6 +68,7 @@ class Cut:
 
     @property
     def num_tokens(self) -> int:
+        """Number of removed tokens."""
         return self.hidden_before + sum(len(group.ids) for group in self.groups) + self.hidden_after
 
     def as_json(self) -> dict[str, Any]:
@@ -92,9 +94,11 @@ class PreviewSequence:
     blocks: bool = False
     """Whether it is a document, which is split into blocks."""
     truncated: bool = False
+    """Whether the stage's encoding has truncated it."""
     cuts: tuple[Cut, ...] = ()
     """Removed tokens, ascending; empty if their positions are unknown."""
     cut_tokens: int = 0
+    """Number of removed tokens."""
     marks: tuple[tuple[int, str], ...] = ()
     """(index in `ids`, text) of marked positions, ascending."""
     reason: str = ""
@@ -108,14 +112,15 @@ class PreviewSequence:
         if max_tokens is not None and len(pieces) > max_tokens:
             head = max_tokens * 3 // 4
             tail = max_tokens - head
-            pieces = [*pieces[:head], _omitted(sum(one.num_tokens for one in pieces[head:-tail])), *pieces[-tail:]]
+            pieces = [*pieces[:head], _omitted(sum(piece.num_tokens for piece in pieces[head:-tail])), *pieces[-tail:]]
         joined: list[Segment] = []
         for key, group in groupby(pieces, key=lambda piece: (piece.kind, piece.special, piece.kind == "mark")):
-            same = list(group)
-            joined += same if key[2] else [replace(same[0], text="".join(piece.text for piece in same))]
+            adjacent = list(group)
+            joined += adjacent if key[2] else [replace(adjacent[0], text="".join(piece.text for piece in adjacent))]
         return joined
 
     def token_kind(self, index: int) -> SegmentKind:
+        """Return the kind of the token at `index`."""
         if not self.has_loss:
             return "input"
         return "trained" if index in self.trained else "masked"
@@ -171,7 +176,7 @@ class PreviewSequence:
     def as_record(self, max_tokens: int) -> dict[str, Any]:
         """Return a record for the event log, with segments instead of tokens. The middle of a sequence with more than
         `max_tokens` is omitted."""
-        segments = [[one.kind, one.text, int(one.special)] for one in self.segments(max_tokens)]
+        segments = [[segment.kind, segment.text, int(segment.special)] for segment in self.segments(max_tokens)]
         return {**self.common_fields(), "segments": segments}
 
     def common_fields(self) -> dict[str, Any]:
@@ -195,6 +200,8 @@ def _omitted(num_tokens: int) -> Segment:
 
 @dataclass(frozen=True)
 class PreviewRow:
+    """A row with its sequences."""
+
     id: str
     source: str
     line: int
@@ -203,10 +210,10 @@ class PreviewRow:
     """Why the row is not used, if none of its sequences has a reason."""
 
     def as_json(self) -> dict[str, Any]:
-        return {**self.common_fields(), "sequences": [one.as_json() for one in self.sequences]}
+        return {**self.common_fields(), "sequences": [sequence.as_json() for sequence in self.sequences]}
 
     def as_record(self, max_tokens: int) -> dict[str, Any]:
-        return {**self.common_fields(), "sequences": [one.as_record(max_tokens) for one in self.sequences]}
+        return {**self.common_fields(), "sequences": [sequence.as_record(max_tokens) for sequence in self.sequences]}
 
     def common_fields(self) -> dict[str, Any]:
         return {"id": self.id, "source": self.source, "line": self.line, "reason": self.reason}
@@ -247,9 +254,9 @@ def _text_between(ids: Sequence[int], start: int, end: int, tokenizer: PreTraine
     """Return the text that the tokens from `start` to `end` add to the text of the tokens before them."""
     context = max(0, start - _CONTEXT_TOKENS)
     before = _decode(ids[context:start], tokenizer)
-    with_them = _decode(ids[context:end], tokenizer)
-    if with_them.startswith(before):
-        return with_them[len(before) :]
+    with_context = _decode(ids[context:end], tokenizer)
+    if with_context.startswith(before):
+        return with_context[len(before) :]
     return _decode(ids[start:end], tokenizer)
 
 

@@ -32,12 +32,12 @@ UNKNOWN_CUT = (
 class Untruncated:
     """A row's sequence before truncation."""
 
-    whole: Encoded
+    full: Encoded
     shorter: Encoded
     """The sequence without the oldest messages, if `truncate: left` drops any before it truncates tokens; otherwise
-    `whole`."""
+    `full`."""
     responses: tuple[Span, ...]
-    """Spans of all assistant messages in `whole`, with or without a loss."""
+    """Spans of all assistant messages in `full`, with or without a loss."""
     is_text: bool
 
 
@@ -51,41 +51,43 @@ def untruncated(
     """Encode each side of a row that is too long, with the function that encodes it for the stage. `sides_of` returns
     the row itself, or both rows of a preference pair."""
     sides = sides_of(row)
-    whole = encode_rows(sides)
+    full = encode_rows(sides)
     is_text = not row.get("messages")
     left = encoding.truncate == "left" and not is_text
     shorter = without_oldest_turns(row, encode_rows, sides_of, encoding.max_length) if left else None
     responses: list[tuple[Span, ...]] = [()] * len(sides)
     if not is_text:
         # `train_on` and weights change the spans, not the tokens.
-        every_turn = replace(encoding, train_on="all_turns")
-        unweighted = [{**side, "messages": [{**turn, "weight": None} for turn in side["messages"]]} for side in sides]
-        responses = [item.spans for item in encode_untruncated(unweighted, tokenizer, every_turn)]
-    return [Untruncated(*found, is_text) for found in zip(whole, shorter or whole, responses, strict=True)]
+        all_responses = replace(encoding, train_on="all_turns")
+        unweighted = [
+            {**side, "messages": [{**message, "weight": None} for message in side["messages"]]} for side in sides
+        ]
+        responses = [item.spans for item in encode_untruncated(unweighted, tokenizer, all_responses)]
+    return [Untruncated(*sequences, is_text) for sequences in zip(full, shorter or full, responses, strict=True)]
 
 
 def kept_indices(
     kept: Encoded, source: Untruncated, truncate: Truncation, tokenizer: PreTrainedTokenizerBase
 ) -> list[int] | None:
-    """Return the index in `source.whole` of each token of `kept`. None if the template renders the kept messages
-    differently without the others, so that their tokens differ from those of `source.whole`."""
+    """Return the index in `source.full` of each token of `kept`. None if the template renders the kept messages
+    differently without the others, so that their tokens differ from those of `source.full`."""
     window = _window(kept, source.shorter, source.is_text, truncate, tokenizer)
-    if source.shorter is not source.whole and window is not None:
-        turns = _without_turns(source, source.shorter.ids, tokenizer)
-        window = [turns[index] for index in window] if turns is not None else None
+    if source.shorter is not source.full and window is not None:
+        indices = _without_messages(source, source.shorter.ids, tokenizer)
+        window = [indices[index] for index in window] if indices is not None else None
     if window is None:
         # The part that is rendered differently may be truncated anyway.
-        window = _window(kept, source.whole, source.is_text, truncate, tokenizer)
+        window = _window(kept, source.full, source.is_text, truncate, tokenizer)
     if window is None and truncate == "split":
-        window = _without_turns(source, kept.ids, tokenizer)
+        window = _without_messages(source, kept.ids, tokenizer)
     return window
 
 
-def kept_of_text(whole: Sequence[int], kept: Sequence[int]) -> list[int] | None:
-    """Return the index in `whole` of each token of a text that the tokenizer truncates before its final special tokens.
+def kept_of_text(full: Sequence[int], kept: Sequence[int]) -> list[int] | None:
+    """Return the index in `full` of each token of a text that the tokenizer truncates before its final special tokens.
     None if the tokenizer truncates both texts of a pair."""
-    starts = _one_cut(whole, kept)
-    return None if starts is None else _without(whole, starts[-1], len(whole) - len(kept))
+    starts = _one_cut(full, kept)
+    return None if starts is None else _without(full, starts[-1], len(full) - len(kept))
 
 
 def cut_positions(kept: Sequence[int], total: int) -> list[tuple[int, int, int]]:
@@ -101,23 +103,24 @@ def cut_positions(kept: Sequence[int], total: int) -> list[tuple[int, int, int]]
 
 
 def with_cuts(
-    one: PreviewSequence,
-    whole: Sequence[int],
+    sequence: PreviewSequence,
+    full: Sequence[int],
     positions: Sequence[tuple[int, int, int]] | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> PreviewSequence:
-    """Return the sequence with its cuts from `whole`. `positions`: see `cut_positions`; None if unknown."""
+    """Return the sequence with its cuts from `full`. `positions`: see `cut_positions`; None if unknown."""
     if positions is None:
-        return replace(one, cut_tokens=max(0, len(whole) - len(one.ids)), notes=(*one.notes, UNKNOWN_CUT))
+        num_cut = max(0, len(full) - len(sequence.ids))
+        return replace(sequence, cut_tokens=num_cut, notes=(*sequence.notes, UNKNOWN_CUT))
     cuts = []
     for index, begin, end in positions:
         # Of a long cut, the tokens next to the kept ones are displayed.
-        at_beginning = index == 0 and bool(one.ids)
+        at_beginning = index == 0 and bool(sequence.ids)
         start = max(begin, end - MAX_CUT_TOKENS) if at_beginning else begin
         stop = end if at_beginning else min(end, begin + MAX_CUT_TOKENS)
-        groups = token_groups(whole, tokenizer, start=start, stop=stop)
+        groups = token_groups(full, tokenizer, start=start, stop=stop)
         cuts.append(Cut(index, tuple(groups), start - begin, end - stop))
-    return replace(one, cuts=tuple(cuts), cut_tokens=sum(end - begin for _, begin, end in positions))
+    return replace(sequence, cuts=tuple(cuts), cut_tokens=sum(end - begin for _, begin, end in positions))
 
 
 def _window(
@@ -137,16 +140,18 @@ def _window(
     return window if inside and [source.ids[index] for index in window] == kept.ids else None
 
 
-def _without_turns(source: Untruncated, rest: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """Return the index in the complete conversation of each token of `rest`, which lacks its oldest messages.
+def _without_messages(
+    source: Untruncated, remaining: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> list[int] | None:
+    """Return the index in the complete conversation of each token of `remaining`, which lacks its oldest messages.
 
     Messages begin and end with the same tokens, so several cuts leave the same sequence. The first dropped message
     begins before the first response, and the last one ends after a response. Of the cuts in between, the one at the
     first special token is taken, since a message begins with it.
     """
-    whole = source.whole.ids
-    num_cut = len(whole) - len(rest)
-    starts = _one_cut(whole, rest)
+    full = source.full.ids
+    num_cut = len(full) - len(remaining)
+    starts = _one_cut(full, remaining)
     if starts is None:
         return None
     last = min([starts[-1], *(begin for begin, _ in source.responses[:1])])
@@ -154,20 +159,24 @@ def _without_turns(source: Untruncated, rest: Sequence[int], tokenizer: PreTrain
     if first > last:
         return None
     special = special_tokens(tokenizer)
-    start = next((index for index in range(first, last + 1) if num_cut and whole[index] in special), first)
-    return _without(whole, start, num_cut)
+    start = next((index for index in range(first, last + 1) if num_cut and full[index] in special), first)
+    return _without(full, start, num_cut)
 
 
-def _one_cut(whole: Sequence[int], rest: Sequence[int]) -> range | None:
-    """Return the indices in `whole` at which removing adjacent tokens leaves `rest`; None if there is no such index."""
-    num_cut = len(whole) - len(rest)
+def _one_cut(full: Sequence[int], remaining: Sequence[int]) -> range | None:
+    """Return the indices in `full` at which removing adjacent tokens leaves `remaining`; None if there is none."""
+    num_cut = len(full) - len(remaining)
     if num_cut < 0:
         return None
-    same_begin = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, rest, strict=False)))
-    backwards = zip(reversed(whole), reversed(rest), strict=False)
-    same_end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], backwards))
-    return range(len(rest) - same_end, same_begin + 1) if same_begin + same_end >= len(rest) else None
+    num_same_start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(full, remaining, strict=False)))
+    backwards = zip(reversed(full), reversed(remaining), strict=False)
+    num_same_end = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], backwards))
+    return (
+        range(len(remaining) - num_same_end, num_same_start + 1)
+        if num_same_start + num_same_end >= len(remaining)
+        else None
+    )
 
 
-def _without(whole: Sequence[int], start: int, num_cut: int) -> list[int]:
-    return [*range(start), *range(start + num_cut, len(whole))]
+def _without(full: Sequence[int], start: int, num_cut: int) -> list[int]:
+    return [*range(start), *range(start + num_cut, len(full))]
