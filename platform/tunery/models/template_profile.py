@@ -240,7 +240,7 @@ def _with_tools(template: TemplateRenderer, profile: TemplateProfile) -> Templat
                     continue
                 if not _has_call(with_call, as_text):
                     continue
-                if not _two_calls_end_alike(template, *template_messages[:2], with_call):
+                if not _two_calls_end_alike(template, template_messages[0], template_messages[1], with_call):
                     continue
                 try:
                     with_result = template.render(template_messages)

@@ -24,12 +24,12 @@ TOOLS = [
 ]
 
 
-def chat(*turns: str | dict[str, Any], tools: Any = None) -> dict[str, Any]:
-    """A row of user and assistant turns in turn; a dict adds to its assistant turn."""
+def chat(*messages_or_contents: str | dict[str, Any], tools: Any = None) -> dict[str, Any]:
+    """Return a row of alternating user and assistant messages, each its content or a dict of its fields."""
     messages: list[dict[str, Any]] = []
-    for turn in turns:
+    for item in messages_or_contents:
         role = "assistant" if len(messages) % 2 else "user"
-        messages.append({"role": role, "content": turn} if isinstance(turn, str) else {"role": role, **turn})
+        messages.append({"role": role, **({"content": item} if isinstance(item, str) else item)})
     return {"messages": messages, "tools": json.dumps(tools) if tools else None}
 
 
@@ -46,13 +46,13 @@ def trained(row: dict[str, Any], family: str, **options: Any) -> list[str]:
 
 
 def masked(row: dict[str, Any], family: str) -> str:
-    """What precedes the last response."""
+    """Text before the last response."""
     tokenizer = tokenizer_of(family)
     actual = encoded(row, tokenizer)
     return str(tokenizer.decode(actual.ids[: actual.response[0]]))
 
 
-# What is trained
+# Trained tokens
 
 
 def test_deepseek_trains_reasoning_and_response_after_the_opened_thinking_block() -> None:
@@ -73,7 +73,7 @@ def test_one_letter_response_is_not_confused_with_earlier_text() -> None:
     assert masked(row, "qwen3_5_think").endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
-def test_the_token_that_ends_a_glm_response_is_trained_where_the_template_has_none() -> None:
+def test_end_token_of_a_glm_response_is_trained_if_the_template_has_none() -> None:
     assert trained(chat("One?", "one", "Two?", "two"), "glm4moe") == ["one<|user|>", "two<|user|>"]
 
 
@@ -81,12 +81,12 @@ def test_every_response_is_trained_or_the_last_turn_only() -> None:
     row = chat("Q1", "A1", "Q2", "A2")
     assert trained(row, "qwen3") == ["A1<|im_end|>", "A2<|im_end|>"]
     assert trained(row, "qwen3", train_on="last_turn") == ["A2<|im_end|>"]
-    requested = chat("Q1", "A1", "Q2")
-    assert trained(requested, "qwen3") == ["A1<|im_end|>"]
-    assert trained(requested, "qwen3", train_on="last_turn") == []
+    unanswered = chat("Q1", "A1", "Q2")
+    assert trained(unanswered, "qwen3") == ["A1<|im_end|>"]
+    assert trained(unanswered, "qwen3", train_on="last_turn") == []
 
 
-def test_a_turn_of_weight_0_is_context() -> None:
+def test_a_message_of_weight_0_is_not_trained() -> None:
     row = chat("Q1", {"content": "A1", "weight": 0.0}, "Q2", {"content": "A2", "weight": 1.0})
     assert trained(row, "qwen3") == ["A2<|im_end|>"]
     assert "A1" in masked(row, "qwen3")
@@ -102,7 +102,7 @@ def test_an_empty_response_is_not_trained() -> None:
     assert encoded(chat("Q1", ""), tokenizer_of("qwen3")).num_loss_tokens == 0
 
 
-def test_gpt_oss_trains_the_channels_of_a_response_and_no_token_that_only_its_history_has() -> None:
+def test_gpt_oss_trains_the_channels_of_a_response_and_no_token_of_the_history_format() -> None:
     row = chat("Q1", "A1", "Q2", {"content": "A2", "reasoning_content": "R"})
     assert trained(row, "gptoss") == [
         "<|channel|>final<|message|>A1",  # the model generates <|return|>, the history has <|end|>
@@ -122,14 +122,14 @@ def test_reasoning_is_rendered_from_its_own_column_and_from_tags(response: dict[
     assert trained(chat("2+2?", response), "qwen3") == ["<think>\nadd\n</think>\n\nfour<|im_end|>"]
 
 
-def test_earlier_turns_that_lose_their_reasoning_are_context_and_counted() -> None:
-    thought = {"content": "two", "reasoning_content": "first"}
-    actual = encoded(chat("1+1?", thought, "2+2?", "four"), tokenizer_of("qwen3"))
+def test_earlier_messages_without_their_reasoning_are_masked_and_counted() -> None:
+    response = {"content": "two", "reasoning_content": "first"}
+    actual = encoded(chat("1+1?", response, "2+2?", "four"), tokenizer_of("qwen3"))
     assert len(actual.spans) == 1
     assert actual.dropped_reasoning == 1
 
 
-def test_a_template_without_reasoning_trains_the_response_and_counts_what_it_drops() -> None:
+def test_a_template_without_reasoning_trains_the_response_and_counts_dropped_reasoning() -> None:
     row = chat("2+2?", {"content": "four", "reasoning_content": "add"})
     assert trained(row, "gemma3") == ["four<end_of_turn>"]
     assert encoded(row, tokenizer_of("gemma3")).dropped_reasoning == 1
@@ -139,12 +139,12 @@ def test_an_empty_thinking_block_is_masked_or_trained() -> None:
     row = chat("Where?", "Paris")
     assert trained(row, "qwen3") == ["Paris<|im_end|>"]
     assert trained(row, "qwen3", empty_thinking="train") == ["<think>\n\n</think>\n\nParis<|im_end|>"]
-    called = chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS)})
-    assert trained(called, "qwen3")[0].startswith("<tool_call>")
-    assert trained(called, "qwen3", empty_thinking="train")[0].startswith("<think>\n\n</think>\n\n<tool_call>")
+    tool_call = chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS)})
+    assert trained(tool_call, "qwen3")[0].startswith("<tool_call>")
+    assert trained(tool_call, "qwen3", empty_thinking="train")[0].startswith("<think>\n\n</think>\n\n<tool_call>")
 
 
-def test_reasoning_that_no_text_follows_does_not_fail() -> None:
+def test_reasoning_without_text_is_not_rejected() -> None:
     row = chat("2+2?", {"content": "", "reasoning_content": "add"})
     for family in ("deepseekv3", "deepseek_r1_distill", "qwen3", "gptoss", "gemma3"):
         assert not encoded(row, tokenizer_of(family)).rejected
@@ -166,23 +166,23 @@ def test_arguments_of_tool_calls_are_objects_or_text(as_text: bool) -> None:
 
 
 @pytest.mark.parametrize("family", ["gemma3", "chatml", "phi3"])
-def test_a_tool_call_is_rejected_where_the_template_has_none(family: str) -> None:
+def test_a_tool_call_is_rejected_if_the_template_does_not_render_it(family: str) -> None:
     actual = encoded(chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS)}), tokenizer_of(family))
     assert actual.rejected == "the chat template does not render tool calls"
     assert actual.ids == []
 
 
-def test_a_second_tool_call_that_the_template_leaves_out_rejects_the_row() -> None:
+def test_a_second_tool_call_that_the_template_omits_rejects_the_row() -> None:
     actual = encoded(chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS * 2)}), tokenizer_of("gptoss"))
     assert actual.rejected == "the chat template does not render tool call 2 of message 2 (assistant)"
 
 
-def test_definitions_of_tools_that_the_template_leaves_out_reject_the_row() -> None:
+def test_tool_definitions_that_the_template_omits_reject_the_row() -> None:
     actual = encoded(chat("Add.", "No.", tools=TOOLS), tokenizer_of("deepseekv3"))
     assert actual.rejected == "the chat template does not render the definitions of tools"
 
 
-def test_mistral_gets_ids_of_nine_characters_for_calls_without_one() -> None:
+def test_mistral_tool_calls_without_an_id_get_an_id_of_nine_characters() -> None:
     row = chat("Add.", {"content": "", "tool_calls": json.dumps(CALLS)})
     row["messages"] += [{"role": "tool", "content": "3"}, {"role": "assistant", "content": "Three."}]
     call, response = trained(row, "mistral_v3")
@@ -191,7 +191,7 @@ def test_mistral_gets_ids_of_nine_characters_for_calls_without_one() -> None:
     assert '"call_id": "call00001"' in rendered(row, tokenizer_of("mistral_v3"))
 
 
-def test_the_template_of_new_models_renders_tool_calls_definitions_and_reasoning() -> None:
+def test_the_default_template_of_new_models_renders_tool_calls_definitions_and_reasoning() -> None:
     call = {"content": "", "tool_calls": json.dumps(CALLS), "reasoning_content": "add them"}
     row = chat("Add.", call, tools=TOOLS)
     assert trained(row, "scratch") == [
@@ -201,7 +201,7 @@ def test_the_template_of_new_models_renders_tool_calls_definitions_and_reasoning
     assert '"description": "Adds."' in masked(row, "scratch")
 
 
-# Rows that a template can't take
+# Rows that a template rejects
 
 
 def test_system_message_rejected_by_gemma_rejects_only_its_row() -> None:
@@ -209,10 +209,10 @@ def test_system_message_rejected_by_gemma_rejects_only_its_row() -> None:
         chat("Where?", "Paris"),
         {"messages": [{"role": "system", "content": "Brief."}, *chat("Q", "A")["messages"]]},
     ]
-    fine, bad, also_fine = encode_untruncated([rows[0], rows[1], rows[0]], tokenizer_of("gemma"), Encoding(LONG))
-    assert bad.rejected == "the chat template fails: System role not supported"
-    assert fine.ids == also_fine.ids
-    assert fine.num_loss_tokens > 0
+    first, rejected, last = encode_untruncated([rows[0], rows[1], rows[0]], tokenizer_of("gemma"), Encoding(LONG))
+    assert rejected.rejected == "the chat template fails: System role not supported"
+    assert first.ids == last.ids
+    assert first.num_loss_tokens > 0
 
 
 def test_silently_dropped_system_message_rejects_the_row() -> None:
@@ -231,9 +231,11 @@ SINGLE_TURN = (
 def test_single_turn_template_rejects_only_longer_conversations() -> None:
     tokenizer = deepcopy(tokenizer_of("zephyr"))
     tokenizer.chat_template = SINGLE_TURN
-    fine, long = encode_untruncated([chat("Where?", "Paris"), chat("Q", "A", "R", "B")], tokenizer, Encoding(LONG))
-    assert [tokenizer.decode(fine.ids[start:end]) for start, end in fine.spans] == ["Paris</s>"]
-    assert long.rejected == "the chat template fails: one turn only"
+    single_turn, two_turns = encode_untruncated(
+        [chat("Where?", "Paris"), chat("Q", "A", "R", "B")], tokenizer, Encoding(LONG)
+    )
+    assert [tokenizer.decode(single_turn.ids[start:end]) for start, end in single_turn.spans] == ["Paris</s>"]
+    assert two_turns.rejected == "the chat template fails: one turn only"
 
 
 def test_a_template_that_cannot_render_a_question_is_unsupported() -> None:
@@ -254,7 +256,7 @@ def test_generation_prompt_with_different_white_space_is_masked() -> None:
     assert [tokenizer.decode(actual.ids[start:end]) for start, end in actual.spans] == ["Paris</s>", "Yes</s>"]
 
 
-def test_a_block_that_is_only_closed_is_masked_as_an_empty_one() -> None:
+def test_an_empty_thinking_block_without_its_opening_tag_is_masked() -> None:
     tokenizer = deepcopy(tokenizer_of("drops_thinking"))
     tokenizer.chat_template = (
         "{% for message in messages %}{{ '<|' + message['role'] + '|>' }}{% if message['role'] == 'assistant' %}"
@@ -269,7 +271,7 @@ def test_a_block_that_is_only_closed_is_masked_as_an_empty_one() -> None:
     ]
 
 
-def test_the_token_between_reasoning_and_text_is_trained_where_it_ends_the_last_response_too() -> None:
+def test_the_end_token_between_reasoning_and_text_is_trained() -> None:
     tokenizer = deepcopy(tokenizer_of("drops_thinking"))
     tokenizer.chat_template = (
         "{% for message in messages %}"
@@ -283,7 +285,7 @@ def test_the_token_between_reasoning_and_text_is_trained_where_it_ends_the_last_
     ]
 
 
-def test_a_template_without_an_exact_beginning_of_a_response_is_refused() -> None:
+def test_a_template_whose_response_start_is_ambiguous_is_rejected() -> None:
     tokenizer = deepcopy(tokenizer_of("chatml"))
     tokenizer.chat_template = (
         "{{ messages | length }}{% for message in messages %}"
@@ -293,11 +295,11 @@ def test_a_template_without_an_exact_beginning_of_a_response_is_refused() -> Non
         chat_template_of(tokenizer)
 
 
-def test_a_template_that_renders_no_content_is_refused() -> None:
-    broken = deepcopy(tokenizer_of("chatml"))
-    broken.chat_template = "{% for message in messages %}{{ message['role'] }}<|im_end|>{% endfor %}"
+def test_a_template_that_renders_no_content_is_rejected() -> None:
+    tokenizer = deepcopy(tokenizer_of("chatml"))
+    tokenizer.chat_template = "{% for message in messages %}{{ message['role'] }}<|im_end|>{% endfor %}"
     with pytest.raises(UnsupportedTemplate, match="does not render the content"):
-        chat_template_of(broken)
+        chat_template_of(tokenizer)
 
 
 # Special tokens
@@ -313,7 +315,7 @@ def test_special_tokens_in_a_question_are_ordinary_tokens_and_counted() -> None:
 
 
 @pytest.mark.parametrize("kind", ["metaspace first", "metaspace always", "unigram", "word piece"])
-def test_tokenizers_with_a_leading_space_take_special_tokens_in_a_question_as_text_too(kind: str) -> None:
+def test_tokenizers_with_a_leading_space_encode_special_tokens_in_a_question_as_text(kind: str) -> None:
     tokenizer = tokenizer_of("llama2", kind)
     actual = encoded(chat("Say </s> and <s>", "No."), tokenizer)
     assert actual.ids.count(tokenizer.eos_token_id) == actual.ids.count(tokenizer.bos_token_id) == 1
@@ -321,15 +323,15 @@ def test_tokenizers_with_a_leading_space_take_special_tokens_in_a_question_as_te
 
 
 @pytest.mark.parametrize("kind", ["metaspace first", "metaspace always", "metaspace never", "unigram"])
-def test_tokenizers_with_a_leading_space_give_no_second_space_between_pieces(kind: str) -> None:
+def test_tokenizers_with_a_leading_space_add_no_space_between_segments(kind: str) -> None:
     for family in ("llama2", "vicuna", "plain"):
         tokenizer = tokenizer_of(family, kind)
         row = chat("One is it?", "It is one.", "Paris is it?", "It is Paris.")
-        whole = tokenizer(rendered(row, tokenizer), add_special_tokens=False).input_ids
-        assert tokenizer.decode(encoded(row, tokenizer).ids) == tokenizer.decode(whole)
+        expected_ids = tokenizer(rendered(row, tokenizer), add_special_tokens=False).input_ids
+        assert tokenizer.decode(encoded(row, tokenizer).ids) == tokenizer.decode(expected_ids)
 
 
-def test_generation_stops_at_the_end_of_a_turn_and_at_the_end_of_a_text() -> None:
+def test_generation_stops_at_the_end_tokens_of_messages_and_texts() -> None:
     tokenizer = tokenizer_of("chatml")  # a text ends with <|endoftext|>, a turn with <|im_end|>
     model: Any = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
     assert trained(chat("Where?", "Paris"), "chatml") == ["Paris<|im_end|>"]
@@ -347,15 +349,15 @@ def test_generation_does_not_stop_between_the_channels_of_a_gpt_oss_response() -
 # Texts
 
 
-@pytest.mark.parametrize("adds", [(), ("bos",), ("eos",), ("bos", "eos")])
-def test_a_text_has_what_its_tokenizer_puts_around_it_and_one_end_token(adds: tuple[str, ...]) -> None:
-    tokenizer = tokenizer_of("zephyr", "byte-level", adds)
+@pytest.mark.parametrize("added_tokens", [(), ("bos",), ("eos",), ("bos", "eos")])
+def test_a_text_has_the_special_tokens_of_its_tokenizer_and_one_end_token(added_tokens: tuple[str, ...]) -> None:
+    tokenizer = tokenizer_of("zephyr", "byte-level", added_tokens)
     actual = encoded({"messages": None, "text": "Paris"}, tokenizer)
-    assert tokenizer.decode(actual.ids) == ("<s>" if "bos" in adds else "") + "Paris</s>"
+    assert tokenizer.decode(actual.ids) == ("<s>" if "bos" in added_tokens else "") + "Paris</s>"
     assert actual.spans == ((0, len(actual.ids)),)
 
 
-def test_a_conversation_has_no_second_bos_of_a_tokenizer_that_adds_one() -> None:
+def test_a_conversation_has_one_bos_if_the_tokenizer_adds_one_too() -> None:
     tokenizer = tokenizer_of("llama2", "byte-level", ("bos", "eos"))
     actual = encoded(chat("Where?", "Paris"), tokenizer)
     assert tokenizer.decode(actual.ids) == "<s>[INST] Where? [/INST] Paris </s>"
@@ -364,7 +366,7 @@ def test_a_conversation_has_no_second_bos_of_a_tokenizer_that_adds_one() -> None
 # Slow tokenizers
 
 
-def test_a_tokenizer_in_pure_python_masks_what_generation_is_given() -> None:
+def test_a_pure_python_tokenizer_masks_the_generation_prompt() -> None:
     tokenizer = ByT5Tokenizer(extra_ids=0, extra_special_tokens=["<|user|>", "<|assistant|>"])
     tokenizer.chat_template = (
         "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + '</s>' }}{% endfor %}"
@@ -383,34 +385,36 @@ def test_a_tokenizer_in_pure_python_masks_what_generation_is_given() -> None:
 # Truncation
 
 
-def sequences(row: dict[str, Any], family: str, limit: int, **options: Any) -> list[str]:
-    """What is trained of each sequence."""
+def trained_texts(row: dict[str, Any], family: str, limit: int, **options: Any) -> list[str]:
+    """The trained text of each sequence."""
     tokenizer = tokenizer_of(family)
     (actual,) = encode_sequences([row], tokenizer, Encoding(limit, **options))
     assert all(len(item.ids) <= limit for item in actual)
     return [" ".join(tokenizer.decode(item.ids[start:end]) for start, end in item.spans) for item in actual]
 
 
-FOUR = chat(*(text for n in range(4) for text in (f"Q{n}" + " and" * 12, f"A{n}" + " is" * 4)))
+FOUR_ROUNDS = chat(*(text for n in range(4) for text in (f"Q{n}" + " and" * 12, f"A{n}" + " is" * 4)))
 
 
 def test_split_trains_every_response_once() -> None:
-    actual = sequences(FOUR, "chatml", 90, truncate="split")
+    actual = trained_texts(FOUR_ROUNDS, "chatml", 90, truncate="split")
     assert len(actual) > 1
     assert " ".join(actual).split("<|im_end|>") == " ".join(f"A{n} is is is is<|im_end|>" for n in range(4)).split(
         "<|im_end|>"
     )
 
 
-def test_split_trains_the_last_turn_only_where_that_is_asked_for() -> None:
-    assert sequences(FOUR, "chatml", 90, truncate="split", train_on="last_turn") == ["A3 is is is is<|im_end|>"]
+def test_split_with_last_turn_trains_only_the_last_turn() -> None:
+    assert trained_texts(FOUR_ROUNDS, "chatml", 90, truncate="split", train_on="last_turn") == [
+        "A3 is is is is<|im_end|>"
+    ]
 
 
-def test_split_of_a_text_leaves_no_token_alone() -> None:
+def test_split_of_a_text_has_no_window_of_one_token() -> None:
     tokenizer = tokenizer_of("zephyr")
-    text = {"messages": None, "text": "Paris" * 7}
-    count = len(encoded(text, tokenizer).ids)
-    (actual,) = encode_sequences([text], tokenizer, Encoding(count - 1, truncate="split"))
+    row = {"messages": None, "text": "Paris" * 7}
+    count = len(encoded(row, tokenizer).ids)
+    (actual,) = encode_sequences([row], tokenizer, Encoding(count - 1, truncate="split"))
     assert [len(item.ids) for item in actual] == [count - 1]
 
 
@@ -421,20 +425,20 @@ def test_left_keeps_the_bos_and_the_end_of_the_prompt() -> None:
     assert len(actual.ids) == 40
     assert actual.ids[0] == tokenizer.bos_token_id
     assert tokenizer.decode(actual.ids).endswith("where? [/INST] Paris </s>")
-    text = {"messages": None, "text": "the question is " * 30 + "where?"}
+    row = {"messages": None, "text": "the question is " * 30 + "where?"}
     bos = tokenizer_of("llama2", "byte-level", ("bos",))
-    ((actual,),) = encode_sequences([text], bos, Encoding(20, truncate="left"))
+    ((actual,),) = encode_sequences([row], bos, Encoding(20, truncate="left"))
     assert actual.ids[0] == bos.bos_token_id
     assert tokenizer.decode(actual.ids).endswith("where?</s>")
     assert len(actual.ids) == 20
 
 
-def test_left_keeps_a_response_where_a_question_without_one_follows() -> None:
+def test_left_keeps_a_response_before_an_unanswered_question() -> None:
     row = chat("the question is " * 30 + "where?", "Paris", "And then?")
-    assert sequences(row, "qwen2_5", 60, truncate="left") == ["Paris<|im_end|>"]
+    assert trained_texts(row, "qwen2_5", 60, truncate="left") == ["Paris<|im_end|>"]
 
 
 def test_drop_rejects_a_row_that_is_too_long() -> None:
     tokenizer = tokenizer_of("qwen2_5")
-    ((actual,),) = encode_sequences([FOUR], tokenizer, Encoding(20, truncate="drop"))
+    ((actual,),) = encode_sequences([FOUR_ROUNDS], tokenizer, Encoding(20, truncate="drop"))
     assert actual.rejected == "it is longer than max_length (20 tokens)"

@@ -59,21 +59,21 @@ PIECES = [
     "s",
     ".",
 ]
-# Surrogates are no text: files with them are quarantined when they are read.
-free = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
-text = st.lists(st.sampled_from(PIECES) | free, max_size=5).map("".join)
+# No surrogates: files that contain them are quarantined when they are read.
+random_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+text = st.lists(st.sampled_from(PIECES) | random_text, max_size=5).map("".join)
 CALL = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "two"}}}]
 
 
 @st.composite
 def conversations(draw: st.DrawFn, ends_with_response: bool = False) -> dict[str, Any]:
-    turns: list[dict[str, Any]] = []
+    messages: list[dict[str, Any]] = []
     if draw(st.integers(0, 3)) == 0:
-        turns.append({"role": "system", "content": draw(text)})
+        messages.append({"role": "system", "content": draw(text)})
     for _ in range(draw(st.integers(1, 3))):
-        turns.append({"role": "user", "content": draw(text)})
-        kind = draw(st.sampled_from(["plain", "plain", "plain", "reasoning", "call", "silent"]))
-        if kind == "silent":
+        messages.append({"role": "user", "content": draw(text)})
+        kind = draw(st.sampled_from(["plain", "plain", "plain", "reasoning", "call", "no response"]))
+        if kind == "no response":
             continue
         response: dict[str, Any] = {"role": "assistant", "content": draw(text)}
         if kind == "reasoning":
@@ -82,11 +82,11 @@ def conversations(draw: st.DrawFn, ends_with_response: bool = False) -> dict[str
             response["weight"] = draw(st.sampled_from([0.0, 1.0]))
         if kind == "call":
             call = {"role": "assistant", "content": draw(st.just("") | text), "tool_calls": json.dumps(CALL)}
-            turns += [call, {"role": "tool", "content": draw(text)}]
-        turns.append(response)
-    if ends_with_response and turns[-1]["role"] != "assistant":
-        turns.append({"role": "assistant", "content": draw(text)})
-    return {"messages": turns}
+            messages += [call, {"role": "tool", "content": draw(text)}]
+        messages.append(response)
+    if ends_with_response and messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": draw(text)})
+    return {"messages": messages}
 
 
 def check_spans(encoded: Encoded) -> None:
@@ -118,15 +118,15 @@ def test_tokens_match_the_rendered_conversation_and_responses_end_with_an_end_to
     assert tokenizer.decode(actual.ids) == rendered(row, tokenizer)
     profile = chat_template_of(tokenizer).profile
     ends = set(tokenizer.convert_tokens_to_ids(list(profile.end_tokens)))
-    # These templates write no end token after earlier responses.
-    ends_last_only = bool(profile.history_ends) or family == "no_end_tokens"
+    # These templates render no end token after earlier responses.
+    only_last_has_end_token = bool(profile.history_ends) or family == "no_end_tokens"
     for start, end in actual.spans:
-        if not ends_last_only or end == len(actual.ids):
+        if not only_last_has_end_token or end == len(actual.ids):
             assert actual.ids[end - 1] in ends
         assert ends.isdisjoint(actual.ids[start : end - 1])
 
 
-def test_text_that_a_template_moves_behind_the_tool_result_rejects_the_row() -> None:
+def test_text_that_a_template_moves_after_the_tool_result_rejects_the_row() -> None:
     """Gemma 4's template renders call, result, text: a span from call to text would train the result."""
     call = '[{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]'
     messages = [
@@ -158,7 +158,7 @@ def test_generation_begins_with_the_tokens_before_the_last_response(row: dict[st
     masked = actual.ids[: actual.response[0]]
     text = tokenizer.decode(prompt.ids)
     if "<think>" in text[-25:] or family.startswith("diffusion_gemma"):
-        return  # it opens a thinking block that the row may not have, or no turn behind a tool result
+        return  # the prompt opens a thinking block that the row may not have, or has no header after a tool result
     assert masked[: len(prompt.ids)] == prompt.ids
     assert "".join(tokenizer.decode(masked[len(prompt.ids) :]).split()) in ("", "<think></think>")
 
@@ -168,7 +168,7 @@ def test_generation_begins_with_the_tokens_before_the_last_response(row: dict[st
 @given(
     row=conversations(ends_with_response=True), family=st.sampled_from(["llama2", "vicuna", "zephyr", "plain", "qwen3"])
 )
-def test_every_kind_of_tokenizer_masks_what_generation_is_given(kind: str, row: dict[str, Any], family: str) -> None:
+def test_every_kind_of_tokenizer_masks_the_generation_prompt(kind: str, row: dict[str, Any], family: str) -> None:
     tokenizer = tokenizer_of(family, kind)
     (actual,) = encode_untruncated([row], tokenizer, Encoding(10**6, "last_turn"))
     (prompt,) = encode_prompts([{**row, "messages": row["messages"][:-1]}], tokenizer)
@@ -199,37 +199,37 @@ def test_truncation_respects_max_length_and_trains_responses_only(
     rows: list[dict[str, Any]], family: str, encoding: Encoding
 ) -> None:
     tokenizer = tokenizer_of(family)
-    whole = encode_untruncated(rows, tokenizer, encoding)
-    for row, item, parts in zip(rows, whole, encode_sequences(rows, tokenizer, encoding), strict=True):
+    full = encode_untruncated(rows, tokenizer, encoding)
+    for row, item, parts in zip(rows, full, encode_sequences(rows, tokenizer, encoding), strict=True):
         assert parts
         trained = [item.ids[start:end] for start, end in item.spans]
         for part in parts:
             assert len(part.ids) <= encoding.max_length
             check_spans(part)
             if row["messages"] and encoding.truncate != "split":
-                # What is trained is the beginning of a response of the whole conversation, never of a prompt.
+                # Every trained span is the start of a response of the untruncated conversation.
                 for start, end in part.spans:
                     assert any(response[: end - start] == part.ids[start:end] for response in trained)
 
 
 @fixed
 @given(
-    turns=st.lists(st.tuples(free, free.filter(str.strip)), min_size=1, max_size=6),
+    rounds=st.lists(st.tuples(random_text, random_text.filter(str.strip)), min_size=1, max_size=6),
     family=st.sampled_from(["chatml", "zephyr", "vicuna", "glm_plain"]),
     limit=st.integers(100, 160),
 )
-def test_split_trains_every_response_exactly_once(turns: list[tuple[str, str]], family: str, limit: int) -> None:
-    """Of rows in which every question with its response fits."""
+def test_split_trains_every_response_exactly_once(rounds: list[tuple[str, str]], family: str, limit: int) -> None:
+    """For rows in which every question with its response fits into `max_length`."""
     tokenizer = tokenizer_of(family)
     messages = [
         {"role": role, "content": content}
-        for pair in turns
+        for pair in rounds
         for role, content in zip(("user", "assistant"), pair, strict=True)
     ]
     row = {"messages": messages}
-    (whole,) = encode_untruncated([row], tokenizer, Encoding(limit))
+    (full,) = encode_untruncated([row], tokenizer, Encoding(limit))
     (parts,) = encode_sequences([row], tokenizer, Encoding(limit, truncate="split"))
     assert all(len(part.ids) <= limit for part in parts)
     assert [part.ids[start:end] for part in parts for start, end in part.spans] == [
-        whole.ids[start:end] for start, end in whole.spans
+        full.ids[start:end] for start, end in full.spans
     ]

@@ -26,7 +26,7 @@ def numbers(rows: int, tokens: int, seed: int = 0) -> torch.Tensor:
     return uniform_numbers(seed, "test", [(row,) for row in range(rows)], tokens)
 
 
-# Tokens.
+# Token sampling
 
 
 def test_sampling_frequencies_match_the_probabilities() -> None:
@@ -64,14 +64,14 @@ def test_log_probability_is_that_of_the_sampling_distribution() -> None:
 
 
 def test_uniform_numbers_depend_only_on_their_row() -> None:
-    whole = uniform_numbers(1, "step", [(3, 0), (4, 0), (4, 1)], 6)
-    assert torch.equal(uniform_numbers(1, "step", [(4, 0)], 6)[0], whole[1])
-    assert len({tuple(row.tolist()) for row in whole}) == 3
+    expected = uniform_numbers(1, "step", [(3, 0), (4, 0), (4, 1)], 6)
+    assert torch.equal(uniform_numbers(1, "step", [(4, 0)], 6)[0], expected[1])
+    assert len({tuple(row.tolist()) for row in expected}) == 3
     for other in (uniform_numbers(2, "step", [(3, 0)], 6), uniform_numbers(1, "other", [(3, 0)], 6)):
-        assert not torch.equal(other[0], whole[0])
+        assert not torch.equal(other[0], expected[0])
 
 
-# Answers.
+# Responses
 
 
 def test_greedy_responses_equal_those_of_transformers(model: torch.nn.Module) -> None:
@@ -90,12 +90,12 @@ def test_greedy_responses_equal_those_of_transformers(model: torch.nn.Module) ->
 
 def test_responses_do_not_depend_on_the_batch(model: torch.nn.Module) -> None:
     sampling, uniform = Sampling(max_new_tokens=40), numbers(5, 40)
-    together = TransformersEngine(model, [END, 7, 8, 9, 11, 12])(PROMPTS, uniform, sampling)
-    assert len({len(response.tokens) for response in together}) > 2, "rows leave at different times"
+    batched = TransformersEngine(model, [END, 7, 8, 9, 11, 12])(PROMPTS, uniform, sampling)
+    assert len({len(response.tokens) for response in batched}) > 2, "otherwise no row finishes before the others"
     for budget in (1, 100):
         assert _tokens(
             TransformersEngine(model, [END, 7, 8, 9, 11, 12], budget)(PROMPTS, uniform, sampling)
-        ) == _tokens(together)
+        ) == _tokens(batched)
 
 
 def test_log_probabilities_equal_a_forward_pass_over_the_sequence(model: torch.nn.Module) -> None:
@@ -109,43 +109,46 @@ def test_log_probabilities_equal_a_forward_pass_over_the_sequence(model: torch.n
 
 
 def test_response_ends_with_eos_or_is_truncated(model: torch.nn.Module) -> None:
-    every = list(range(300))
-    (response,) = TransformersEngine(model, every)([[5]], numbers(1, 8), Sampling(max_new_tokens=8))
+    all_tokens = list(range(300))
+    (response,) = TransformersEngine(model, all_tokens)([[5]], numbers(1, 8), Sampling(max_new_tokens=8))
     assert (len(response.tokens), response.ended) == (1, True)
     (response,) = TransformersEngine(model, [])([[5]], numbers(1, 8), Sampling(max_new_tokens=8))
     assert (len(response.tokens), response.ended) == (8, False)
 
 
 def test_eos_is_not_sampled_before_min_new_tokens(model: torch.nn.Module) -> None:
-    end = list(range(0, 300, 2))
-    responses = TransformersEngine(model, end)(PROMPTS, numbers(5, 30), Sampling(max_new_tokens=30, min_new_tokens=6))
+    end_tokens = list(range(0, 300, 2))
+    responses = TransformersEngine(model, end_tokens)(
+        PROMPTS, numbers(5, 30), Sampling(max_new_tokens=30, min_new_tokens=6)
+    )
     assert all(len(response.tokens) >= 7 for response in responses)
     assert all(token % 2 for response in responses for token in response.tokens[:6])
 
 
 def test_pending_prompts_replace_finished_rows(model: torch.nn.Module) -> None:
-    """The same responses, in fewer forward passes than batches one after another take."""
-    end, sampling = list(range(0, 300, 12)), Sampling(max_new_tokens=40)
+    """The responses are those of single prompts, in fewer forward passes than consecutive batches need."""
+    end_tokens, sampling = list(range(0, 300, 12)), Sampling(max_new_tokens=40)
     prompts = [[5 + row] * (1 + row % 7) for row in range(30)]
     uniform = numbers(30, 40)
-    counting_model = Counting(model)
-    joined = TransformersEngine(counting_model, end, batch_tokens=10 * 47)(prompts, uniform, sampling)
-    alone = [
-        TransformersEngine(model, end)([prompt], uniform[[row]], sampling)[0] for row, prompt in enumerate(prompts)
+    counting_model = CountingModel(model)
+    batched = TransformersEngine(counting_model, end_tokens, batch_tokens=10 * 47)(prompts, uniform, sampling)
+    expected = [
+        TransformersEngine(model, end_tokens)([prompt], uniform[[row]], sampling)[0]
+        for row, prompt in enumerate(prompts)
     ]
-    assert _tokens(joined) == _tokens(alone)
-    for one, other in zip(joined, alone, strict=True):
-        torch.testing.assert_close(one.log_probs, other.log_probs, atol=1e-5, rtol=1e-5)
-    lengths = sorted((len(response.tokens) for response in alone), reverse=True)
-    assert max(counting_model.rows) == 10
-    assert len(counting_model.rows) < sum(lengths[:3]), (
-        "three batches of ten, at least as long as their longest responses"
+    assert _tokens(batched) == _tokens(expected)
+    for response, expected_response in zip(batched, expected, strict=True):
+        torch.testing.assert_close(response.log_probs, expected_response.log_probs, atol=1e-5, rtol=1e-5)
+    lengths = sorted((len(response.tokens) for response in expected), reverse=True)
+    assert max(counting_model.batch_sizes) == 10
+    assert len(counting_model.batch_sizes) < sum(lengths[:3]), (
+        "three consecutive batches of ten need at least the lengths of the three longest responses"
     )
-    assert sum(counting_model.rows) < 1.35 * sum(lengths), "few places are empty"
+    assert sum(counting_model.batch_sizes) < 1.35 * sum(lengths), "at most 35 % of the computed rows are idle"
 
 
 def test_batch_with_unsupported_caches_is_not_merged() -> None:
-    """A sliding window keeps the last columns only: rows of other widths can't stand beside it."""
+    """A sliding-window cache holds only the last positions, so rows of another width can't be added to it."""
     torch.manual_seed(0)
     model = MistralForCausalLM(
         MistralConfig(
@@ -163,16 +166,16 @@ def test_batch_with_unsupported_caches_is_not_merged() -> None:
         numbers(12, 20),
         Sampling(max_new_tokens=20),
     )
-    together = TransformersEngine(model, list(range(4)), batch_tokens=4 * 25)(prompts, uniform, sampling)
-    alone = [
+    batched = TransformersEngine(model, list(range(4)), batch_tokens=4 * 25)(prompts, uniform, sampling)
+    expected = [
         TransformersEngine(model, list(range(4)))([prompt], uniform[[row]], sampling)[0]
         for row, prompt in enumerate(prompts)
     ]
-    assert _tokens(together) == _tokens(alone)
+    assert _tokens(batched) == _tokens(expected)
 
 
 def test_positions_stay_within_the_model_maximum() -> None:
-    """GPT-2 has a vector for each position and none beyond: rows that have ended wait without going on."""
+    """GPT-2 has no embedding beyond `n_positions`, so the positions of finished rows must not advance."""
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=60, n_positions=24, n_embd=16, n_layer=1, n_head=2)).eval()
     prompts = [[7 + row] * 4 for row in range(24)]
@@ -183,15 +186,15 @@ def test_positions_stay_within_the_model_maximum() -> None:
     assert len({len(response.tokens) for response in responses}) > 4
 
 
-class Counting(torch.nn.Module):
-    """Rows of each forward pass."""
+class CountingModel(torch.nn.Module):
+    """Records the batch size of each forward pass in `batch_sizes`."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
-        self.model, self.config, self.rows = model, model.config, list[int]()
+        self.model, self.config, self.batch_sizes = model, model.config, list[int]()
 
     def forward(self, **inputs: Any) -> Any:
-        self.rows.append(len(inputs["input_ids"]))
+        self.batch_sizes.append(len(inputs["input_ids"]))
         return self.model(**inputs)
 
 

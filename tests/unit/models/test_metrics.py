@@ -9,12 +9,12 @@ import pytest
 
 from tunery.models.metrics import MAX_TEMPERATURE, MIN_TEMPERATURE, class_weights, cross_entropy, fitted_temperature
 
-THREE_OF_FOUR = np.array([[0.0, 2.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]]), np.array([1, 1, 0, 1])
-"""Logits that are 2 apart, and right for three rows."""
-EVENLY = np.ones(4)
+LOGITS_AND_LABELS = np.array([[0.0, 2.0], [0.0, 2.0], [2.0, 0.0], [2.0, 0.0]]), np.array([1, 1, 0, 1])
+"""Two classes whose logits differ by 2. The larger logit is that of the label in three of the four rows."""
+EQUAL_WEIGHTS = np.ones(4)
 
 
-def test_class_weights_give_every_label_the_same_share_and_a_row_1_on_average() -> None:
+def test_class_weights_give_every_label_equal_total_weight_and_mean_1() -> None:
     labels = np.array([0] * 24 + [1] * 72)
     weights = class_weights(labels, 2)
     assert weights.tolist() == pytest.approx([2.0, 2 / 3])
@@ -22,9 +22,11 @@ def test_class_weights_give_every_label_the_same_share_and_a_row_1_on_average() 
 
 
 def test_cross_entropy_is_the_weighted_mean_of_negative_log_probabilities() -> None:
-    right, wrong = math.log1p(math.exp(-2)), math.log1p(math.exp(2))
-    assert cross_entropy(*THREE_OF_FOUR, EVENLY) == pytest.approx((3 * right + wrong) / 4)
-    assert cross_entropy(*THREE_OF_FOUR, np.array([1.0, 1.0, 1.0, 5.0])) == pytest.approx((3 * right + 5 * wrong) / 8)
+    correct_loss, wrong_loss = math.log1p(math.exp(-2)), math.log1p(math.exp(2))
+    assert cross_entropy(*LOGITS_AND_LABELS, EQUAL_WEIGHTS) == pytest.approx((3 * correct_loss + wrong_loss) / 4)
+    assert cross_entropy(*LOGITS_AND_LABELS, np.array([1.0, 1.0, 1.0, 5.0])) == pytest.approx(
+        (3 * correct_loss + 5 * wrong_loss) / 8
+    )
 
 
 def test_cross_entropy_of_large_logits_is_finite() -> None:
@@ -35,17 +37,17 @@ def test_cross_entropy_of_large_logits_is_finite() -> None:
 
 def test_fitted_temperature_calibrates_the_probability() -> None:
     # sigmoid(2 / T) = 3/4, so T = 2 / ln 3.
-    assert fitted_temperature(*THREE_OF_FOUR, EVENLY) == pytest.approx(2 / math.log(3))
+    assert fitted_temperature(*LOGITS_AND_LABELS, EQUAL_WEIGHTS) == pytest.approx(2 / math.log(3))
 
 
-def test_fitted_temperature_weighs_rows() -> None:
+def test_fitted_temperature_uses_row_weights() -> None:
     # The wrong row counts half: sigmoid(2 / T) = 6/7.
-    assert fitted_temperature(*THREE_OF_FOUR, np.array([1, 1, 1, 0.5])) == pytest.approx(2 / math.log(6))
+    assert fitted_temperature(*LOGITS_AND_LABELS, np.array([1, 1, 1, 0.5])) == pytest.approx(2 / math.log(6))
 
 
-def test_no_temperature_near_it_has_a_lower_cross_entropy() -> None:
-    draw = np.random.default_rng(0)
-    logits, labels = draw.normal(size=(60, 2)) * 3, draw.integers(0, 2, 60)
+def test_fitted_temperature_is_a_local_minimum_of_cross_entropy() -> None:
+    rng = np.random.default_rng(0)
+    logits, labels = rng.normal(size=(60, 2)) * 3, rng.integers(0, 2, 60)
     labels[:45] = logits[:45].argmax(axis=1)
     best = fitted_temperature(logits, labels, np.ones(60))
     assert MIN_TEMPERATURE < best < MAX_TEMPERATURE

@@ -53,7 +53,7 @@ def only(rows: list[PreviewRow]) -> PreviewSequence:
 
 
 def kinds(sequence: PreviewSequence) -> list[tuple[str, str]]:
-    return [(f"{one.kind}{' special' if one.special else ''}", one.text) for one in sequence.segments()]
+    return [(f"{segment.kind}{' special' if segment.special else ''}", segment.text) for segment in sequence.segments()]
 
 
 def test_every_response_of_a_conversation_is_trained_with_its_end_token(tokenizer: Any) -> None:
@@ -72,7 +72,7 @@ def test_every_response_of_a_conversation_is_trained_with_its_end_token(tokenize
     ]
 
 
-def test_preview_has_the_tokens_and_the_mask_of_the_training(tokenizer: Any) -> None:
+def test_preview_has_the_tokens_and_the_mask_of_training(tokenizer: Any) -> None:
     rows = [chat(*CHAT), chat(*CHAT[:2])]
     for row, (encoded,) in zip(rows, encode_sequences(rows, tokenizer, Encoding(40)), strict=True):
         displayed = only(preview_rows([row], tokenizer, Encoding(40), "conversation"))
@@ -80,7 +80,7 @@ def test_preview_has_the_tokens_and_the_mask_of_the_training(tokenizer: Any) -> 
         assert sorted(displayed.trained) == encoded.loss_indices
 
 
-def test_last_turn_alone_is_trained_where_the_encoding_says_so(tokenizer: Any) -> None:
+def test_train_on_last_turn_trains_only_the_last_response(tokenizer: Any) -> None:
     displayed = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(200, "last_turn"), "conversation"))
     assert "".join(part for kind, part in kinds(displayed) if kind.startswith("trained")) == "北京 🏯.\nYes.<|end|>"
 
@@ -103,17 +103,17 @@ def test_removed_tokens_are_shown_after_kept_ones(tokenizer: Any) -> None:
 
 def test_removed_oldest_messages_are_shown_before_kept_tokens(tokenizer: Any) -> None:
     rows = [chat(("system", "Be brief."), *CHAT)]
-    (whole,) = encode_untruncated(rows, tokenizer, Encoding(500))
-    encoding = Encoding(len(whole.ids) - 1, truncate="left")
+    (full,) = encode_untruncated(rows, tokenizer, Encoding(500))
+    encoding = Encoding(len(full.ids) - 1, truncate="left")
     displayed = kinds(only(preview_rows(rows, tokenizer, encoding, "conversation")))
-    at = [kind for kind, _ in displayed].index("mark")
-    assert "".join(part for _, part in displayed[:at]) == "<|system|>Be brief.<|end|>"
+    mark_index = [kind for kind, _ in displayed].index("mark")
+    assert "".join(part for _, part in displayed[:mark_index]) == "<|system|>Be brief.<|end|>"
     assert "".join(part for kind, part in displayed if kind.startswith("cut")) == (
         "<|user|>Capital?<|end|><|assistant|>Paris.<|end|>"
     )
 
 
-def left(
+def truncate_left(
     row: Row, tokenizer: Any, limit: int, input_format: InputFormat = "conversation", **options: Any
 ) -> PreviewRow:
     (displayed,) = preview_rows([row], tokenizer, Encoding(limit, truncate="left"), input_format, **options)
@@ -121,10 +121,10 @@ def left(
 
 
 def text_with_cuts(sequence: PreviewSequence) -> str:
-    """Its text, with what is cut off in brackets."""
+    """The text of a sequence, with truncated text in ⟪⟫ and marks in «»."""
     texts = []
-    for kind, group in groupby(sequence.segments(), key=lambda one: one.kind):
-        text = "".join(one.text for one in group)
+    for kind, group in groupby(sequence.segments(), key=lambda segment: segment.kind):
+        text = "".join(segment.text for segment in group)
         texts.append({"cut": f"⟪{text}⟫", "mark": f"«{text}»"}.get(kind, text))
     return "".join(texts)
 
@@ -135,7 +135,7 @@ LONG_RESPONSE = "ABCDEFGHIJKLMNOPQRST"
 
 def test_cuts_of_prompt_start_and_response_end_are_shown(tokenizer: Any) -> None:
     row = chat(("user", "0123456789"), ("assistant", LONG_RESPONSE))
-    (displayed,) = left(row, tokenizer, 16).sequences
+    (displayed,) = truncate_left(row, tokenizer, 16).sequences
     assert kinds(displayed) == [
         ("mark", "cut off"),
         ("cut special", "<|user|>"),
@@ -167,9 +167,9 @@ def test_cuts_of_prompt_start_and_response_end_are_shown(tokenizer: Any) -> None
 def test_both_sides_of_a_pair_show_the_same_cut_of_the_prompt_and_their_own_cut_of_the_response(
     tokenizer: Any, rejected: str, end: str, input_format: InputFormat
 ) -> None:
-    row = left(pair("0123456789", LONG_RESPONSE, rejected), tokenizer, 16, input_format)
+    row = truncate_left(pair("0123456789", LONG_RESPONSE, rejected), tokenizer, 16, input_format)
     prompt = "«cut off»⟪<|user|>01234567⟫«end of what is cut off»89<|end|><|assistant|>"
-    assert [text_with_cuts(one) for one in row.sequences] == [
+    assert [text_with_cuts(sequence) for sequence in row.sequences] == [
         f"{prompt}ABCDEFGHIJKL«cut off»⟪MNOPQRST<|end|>⟫",
         f"{prompt}{end}",
     ]
@@ -179,23 +179,23 @@ def test_reward_pair_shows_the_cuts_of_both_sides(tokenizer: Any, tmp_path: Any)
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(write_encoder(tmp_path, ["bad", "good"]))
-    row = left(pair("0123456789", LONG_RESPONSE, "TSRQ"), tokenizer, 16, "reward_pair", model=model)
-    end = "⟫«end of what is cut off»"
-    assert [text_with_cuts(one) for one in row.sequences] == [
-        f"«cut off»⟪<|user|>01234567{end}89<|end|><|assistant|>ABCDEFGHIJKL«cut off»⟪MNOPQRST<|end|>⟫",
-        f"«cut off»⟪<|user|>0{end}123456789<|end|><|assistant|>TSRQ<|end|>",
+    row = truncate_left(pair("0123456789", LONG_RESPONSE, "TSRQ"), tokenizer, 16, "reward_pair", model=model)
+    cut_end = "⟫«end of what is cut off»"
+    assert [text_with_cuts(sequence) for sequence in row.sequences] == [
+        f"«cut off»⟪<|user|>01234567{cut_end}89<|end|><|assistant|>ABCDEFGHIJKL«cut off»⟪MNOPQRST<|end|>⟫",
+        f"«cut off»⟪<|user|>0{cut_end}123456789<|end|><|assistant|>TSRQ<|end|>",
     ]
 
 
 def test_text_after_the_eos_token_of_a_pair_is_not_a_cut() -> None:
-    row = left(pair("0123456789", LONG_RESPONSE, "TSRQ"), tokenizer_of("qwen3"), 40, "pair")
-    assert [one.truncated for one in row.sequences] == [True, True]
-    assert [text_with_cuts(one)[-len("<|im_end|>") :] for one in row.sequences] == ["<|im_end|>"] * 2
+    row = truncate_left(pair("0123456789", LONG_RESPONSE, "TSRQ"), tokenizer_of("qwen3"), 40, "pair")
+    assert [sequence.truncated for sequence in row.sequences] == [True, True]
+    assert [text_with_cuts(sequence)[-len("<|im_end|>") :] for sequence in row.sequences] == ["<|im_end|>"] * 2
 
 
 def test_cuts_of_system_message_oldest_messages_and_response_are_separate(tokenizer: Any) -> None:
-    turns = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", LONG_RESPONSE)]
-    (displayed,) = left(chat(("system", "0123456789"), *turns), tokenizer, 24).sequences
+    messages = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", LONG_RESPONSE)]
+    (displayed,) = truncate_left(chat(("system", "0123456789"), *messages), tokenizer, 24).sequences
     assert text_with_cuts(displayed) == (
         "«cut off»⟪<|system|>012345678⟫«end of what is cut off»9<|end|>"
         "«cut off»⟪<|user|>1<|end|><|assistant|>2<|end|>⟫«end of what is cut off»"
@@ -204,15 +204,18 @@ def test_cuts_of_system_message_oldest_messages_and_response_are_separate(tokeni
 
 
 def test_oldest_of_equal_messages_are_shown_as_removed(tokenizer: Any) -> None:
-    turns = [("user", "1"), ("assistant", "2")] * 3
-    (displayed,) = left(chat(("system", "0"), *turns), tokenizer, 16).sequences
-    turn = "<|user|>1<|end|><|assistant|>2<|end|>"
-    assert text_with_cuts(displayed) == f"<|system|>0<|end|>«cut off»⟪{turn}⟫«end of what is cut off»{turn}{turn}"
+    messages = [("user", "1"), ("assistant", "2")] * 3
+    (displayed,) = truncate_left(chat(("system", "0"), *messages), tokenizer, 16).sequences
+    removed_turn = "<|user|>1<|end|><|assistant|>2<|end|>"
+    assert (
+        text_with_cuts(displayed)
+        == f"<|system|>0<|end|>«cut off»⟪{removed_turn}⟫«end of what is cut off»{removed_turn}{removed_turn}"
+    )
 
 
 def test_kept_bos_token_is_shown_before_the_cut() -> None:
     row = chat(("user", "0123456789 " * 4), ("assistant", "OK"))
-    (displayed,) = left(row, tokenizer_of("llama3"), 30).sequences
+    (displayed,) = truncate_left(row, tokenizer_of("llama3"), 30).sequences
     assert text_with_cuts(displayed).startswith("<|bos|>«cut off»⟪<|start_header_id|>user<|end_header_id|>")
 
 
@@ -220,39 +223,39 @@ def test_kept_bos_token_is_shown_before_the_cut() -> None:
 @pytest.mark.parametrize("truncate", ["left", "right", "drop"])
 @pytest.mark.parametrize("family", ["scratch", "qwen3", "llama3", "mistral_v3"])
 def test_kept_and_removed_tokens_form_the_complete_conversation(family: str, truncate: Truncation, limit: int) -> None:
-    turns = [("user", "one fox"), ("assistant", "yes"), *CHAT, ("user", "one fox"), ("assistant", "yes " * 12)]
-    row, words = chat(*turns), tokenizer_of(family)
-    (whole,) = encode_untruncated([row], words, Encoding(999))
-    displayed = only(preview_rows([row], words, Encoding(limit, truncate=truncate), "conversation"))
+    messages = [("user", "one fox"), ("assistant", "yes"), *CHAT, ("user", "one fox"), ("assistant", "yes " * 12)]
+    row, tokenizer = chat(*messages), tokenizer_of(family)
+    (full,) = encode_untruncated([row], tokenizer, Encoding(999))
+    displayed = only(preview_rows([row], tokenizer, Encoding(limit, truncate=truncate), "conversation"))
     ids = list(displayed.ids)
     for cut in reversed(displayed.cuts):
         ids[cut.index : cut.index] = [token for group in cut.groups for token in group.ids]
-    assert ids == whole.ids
-    assert displayed.cut_tokens == len(whole.ids) - len(displayed.ids)
+    assert ids == full.ids
+    assert displayed.cut_tokens == len(full.ids) - len(displayed.ids)
 
 
 def test_cut_with_unknown_position_is_noted() -> None:
-    # Llama 2's template puts the system turn into the first user turn, which is another one once turns are left out.
-    turns = [("user", "one fox"), ("assistant", "yes"), ("user", "two"), ("assistant", "no")]
-    row, words = chat(("system", "Be brief."), *turns), tokenizer_of("llama2")
-    (whole,) = encode_untruncated([row], words, Encoding(999))
-    (displayed,) = left(row, words, len(whole.ids) - 1).sequences
+    # Llama 2's template puts the system message into the first user message, which changes when turns are removed.
+    messages = [("user", "one fox"), ("assistant", "yes"), ("user", "two"), ("assistant", "no")]
+    row, tokenizer = chat(("system", "Be brief."), *messages), tokenizer_of("llama2")
+    (full,) = encode_untruncated([row], tokenizer, Encoding(999))
+    (displayed,) = truncate_left(row, tokenizer, len(full.ids) - 1).sequences
     assert displayed.truncated
-    assert displayed.cut_tokens == len(whole.ids) - len(displayed.ids)
+    assert displayed.cut_tokens == len(full.ids) - len(displayed.ids)
     assert displayed.notes == (UNKNOWN_CUT,)
     assert {kind for kind, _ in kinds(displayed)}.isdisjoint({"cut", "cut special", "mark"})
 
 
 def test_parts_of_a_split_conversation_are_numbered_and_complete(tokenizer: Any) -> None:
     rows = [chat(*CHAT)]
-    (whole,) = encode_untruncated(rows, tokenizer, Encoding(500))
-    encoding = Encoding(len(whole.ids) - 1, truncate="split")
+    (full,) = encode_untruncated(rows, tokenizer, Encoding(500))
+    encoding = Encoding(len(full.ids) - 1, truncate="split")
     (row,) = preview_rows(rows, tokenizer, encoding, "conversation")
-    assert [one.label for one in row.sequences] == ["part 1 of 2", "part 2 of 2"]
-    assert not any(one.cuts for one in row.sequences)
+    assert [sequence.label for sequence in row.sequences] == ["part 1 of 2", "part 2 of 2"]
+    assert not any(sequence.cuts for sequence in row.sequences)
 
 
-def test_row_that_is_dropped_for_its_length_shows_reason_and_text(tokenizer: Any) -> None:
+def test_row_longer_than_max_length_shows_reason_and_text_with_drop(tokenizer: Any) -> None:
     displayed = only(preview_rows([chat(*CHAT)], tokenizer, Encoding(20, truncate="drop"), "conversation"))
     assert "max_length (20 tokens)" in displayed.reason
     assert "".join(part for kind, part in kinds(displayed) if kind.startswith("cut")).endswith("Yes.<|end|>")
@@ -267,8 +270,8 @@ def test_conversation_that_the_template_rejects_shows_its_reason(tokenizer: Any)
 
 def test_completely_truncated_response_is_reported_as_untrained(tokenizer: Any) -> None:
     rows = [chat(*CHAT[:2])]
-    (whole,) = encode_untruncated(rows, tokenizer, Encoding(500))
-    displayed = only(preview_rows(rows, tokenizer, Encoding(whole.response[0]), "conversation"))
+    (full,) = encode_untruncated(rows, tokenizer, Encoding(500))
+    displayed = only(preview_rows(rows, tokenizer, Encoding(full.response[0]), "conversation"))
     assert "no response is left to train on" in displayed.reason
 
 
@@ -281,8 +284,8 @@ def test_special_token_in_row_text_is_not_special(tokenizer: Any) -> None:
 
 def test_both_responses_of_a_pair_end_with_their_end_token(tokenizer: Any) -> None:
     (row,) = preview_rows([pair("Capital?", "Paris.", "Fox.")], tokenizer, Encoding(99), "pair")
-    assert [one.label for one in row.sequences] == ["chosen", "rejected"]
-    assert [kinds(one)[-2:] for one in row.sequences] == [
+    assert [sequence.label for sequence in row.sequences] == ["chosen", "rejected"]
+    assert [kinds(sequence)[-2:] for sequence in row.sequences] == [
         [("trained", "Paris."), ("trained special", "<|end|>")],
         [("trained", "Fox."), ("trained special", "<|end|>")],
     ]
@@ -302,7 +305,7 @@ def test_row_without_a_rejected_response_is_not_a_pair(tokenizer: Any) -> None:
 def test_rated_responses_say_which_is_desirable(tokenizer: Any) -> None:
     rows = [chat(*CHAT[:2], label=False), pair("Capital?", "Paris.", "Fox."), chat(*CHAT[:2])]
     displayed = preview_rows(rows, tokenizer, Encoding(99), "rated")
-    labels = [[one.label for one in row.sequences] for row in displayed]
+    labels = [[sequence.label for sequence in row.sequences] for row in displayed]
     assert labels == [["undesirable"], ["desirable", "undesirable"], []]
     assert displayed[2].reason == "it has no label"
 
@@ -326,15 +329,19 @@ def test_documents_show_their_end_tokens_and_where_blocks_begin(tokenizer: Any) 
     rows = [text("Paris. Paris."), text("The quick brown fox")]
     lengths = [len(item.ids) for item in encode_untruncated(rows, tokenizer, Encoding(5))]
     displayed = [only([row]) for row in preview_rows(rows, tokenizer, Encoding(5), "documents")]
-    begins = [index - offset for offset, one in zip((0, lengths[0]), displayed, strict=True) for index, _ in one.marks]
-    assert [text for one in displayed for _, text in one.marks] == [
+    block_starts = [
+        index - offset
+        for offset, sequence in zip((0, lengths[0]), displayed, strict=True)
+        for index, _ in sequence.marks
+    ]
+    assert [text for sequence in displayed for _, text in sequence.marks] == [
         f"block {number} begins" for number in range(1, 2 + (sum(lengths) - 1) // 5)
     ]
-    assert begins
-    for one, start in zip(displayed, (0, lengths[0]), strict=True):
-        assert all((start + index) % 5 == 0 for index, _ in one.marks)
-        assert {index for index, _ in one.marks} == set(range(len(one.ids))) - one.trained
-        assert (one.groups[-1].text, one.groups[-1].special) == ("<|end|>", True)
+    assert block_starts
+    for sequence, start in zip(displayed, (0, lengths[0]), strict=True):
+        assert all((start + index) % 5 == 0 for index, _ in sequence.marks)
+        assert {index for index, _ in sequence.marks} == set(range(len(sequence.ids))) - sequence.trained
+        assert (sequence.groups[-1].text, sequence.groups[-1].special) == ("<|end|>", True)
 
 
 def test_blocks_of_a_later_document_continue_the_earlier_ones(tokenizer: Any) -> None:
@@ -345,7 +352,7 @@ def test_blocks_of_a_later_document_continue_the_earlier_ones(tokenizer: Any) ->
 
 def test_ifd_scores_the_response_after_the_prompt_and_without_it(tokenizer: Any) -> None:
     (row,) = preview_rows([chat(*CHAT[:2])], tokenizer, Encoding(99), "ifd")
-    assert [one.label for one in row.sequences] == ["after the prompt", "without the prompt"]
+    assert [sequence.label for sequence in row.sequences] == ["after the prompt", "without the prompt"]
     assert kinds(row.sequences[1]) == [
         ("masked special", "<|assistant|>"),
         ("trained", "Paris."),
@@ -358,29 +365,35 @@ def test_classifier_without_a_template_gets_question_and_response_as_a_pair_of_t
 
     folder = write_encoder(tmp_path, ["bad", "good"])
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    words = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     row = chat(("user", "why how"), ("assistant", "because so"))
-    displayed = only(preview_rows([row], words, Encoding(32), "classifier", model=model))
-    assert [one.text.strip() for one in displayed.segments()] == ["[CLS]", "why how", "[SEP]", "because so", "[SEP]"]
-    assert {one.kind for one in displayed.segments()} == {"input"}
+    displayed = only(preview_rows([row], tokenizer, Encoding(32), "classifier", model=model))
+    assert [segment.text.strip() for segment in displayed.segments()] == [
+        "[CLS]",
+        "why how",
+        "[SEP]",
+        "because so",
+        "[SEP]",
+    ]
+    assert {segment.kind for segment in displayed.segments()} == {"input"}
 
 
-def test_cut_of_one_text_of_a_pair_is_shown_and_of_both_noted(tmp_path: Any) -> None:
+def test_cut_in_one_text_of_a_pair_is_shown_and_cuts_in_both_are_noted(tmp_path: Any) -> None:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     folder = write_encoder(tmp_path, ["bad", "good"])
     model = AutoModelForSequenceClassification.from_pretrained(folder)
-    words = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     long = chat(("user", "why how"), ("assistant", "because so because so because"))
-    (one,) = left(long, words, 8, "classifier", model=model).sequences
-    assert [(part.kind, part.text.strip()) for part in one.segments()][-4:] == [
+    (response_cut,) = truncate_left(long, tokenizer, 8, "classifier", model=model).sequences
+    assert [(part.kind, part.text.strip()) for part in response_cut.segments()][-4:] == [
         ("mark", "cut off"),
         ("cut", "so because"),
         ("mark", "end of what is cut off"),
         ("input", "[SEP]"),
     ]
-    (both,) = left(long, words, 6, "classifier", model=model).sequences
-    assert (both.cuts, both.cut_tokens, both.notes) == ((), 4, (UNKNOWN_CUT,))
+    (both_cut,) = truncate_left(long, tokenizer, 6, "classifier", model=model).sequences
+    assert (both_cut.cuts, both_cut.cut_tokens, both_cut.notes) == ((), 4, (UNKNOWN_CUT,))
 
 
 @pytest.mark.parametrize("content", [CHINESE, "plain words", " leading", "tab\tand\nline", "e\u0301 \u202e x", ""])
@@ -402,10 +415,10 @@ def test_tokenizer_that_drops_the_first_space_keeps_those_between_words() -> Non
 
     # As Llama 2's: words begin with ▁, and the decoder drops the first one.
     model = models.WordLevel({"<unk>": 0, "▁one": 1, "▁two": 2}, unk_token="<unk>")
-    words = Tokenizer(model)
-    words.pre_tokenizer = pre_tokenizers.Metaspace()
-    words.decoder = decoders.Metaspace()
-    groups = list(token_groups([1, 2, 1], PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")))
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    groups = list(token_groups([1, 2, 1], PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")))
     assert [group.text for group in groups] == ["one", " two", " one"]
 
 
@@ -426,12 +439,12 @@ def test_long_document_is_not_decoded_completely(tokenizer: Any, monkeypatch: py
     decoded = 0
     decode = type(tokenizer).decode
 
-    def counted(self: Any, ids: Any, **options: Any) -> Any:
+    def counted_decode(self: Any, ids: Any, **options: Any) -> Any:
         nonlocal decoded
         decoded += 1
         return decode(self, ids, **options)
 
-    monkeypatch.setattr(type(tokenizer), "decode", counted)
+    monkeypatch.setattr(type(tokenizer), "decode", counted_decode)
     (record,) = preview_records([row], tokenizer, Encoding(16), input_format="documents")
     segments = record["sequences"][0]["segments"]
     assert 0 < decoded < 200
@@ -450,7 +463,7 @@ def test_only_the_nearest_part_of_a_long_cut_is_shown(tokenizer: Any, monkeypatc
     assert kinds(displayed)[-1] == ("mark", f"{displayed.cut_tokens - 4} more tokens")
 
 
-def test_training_logs_its_first_rows_and_what_the_template_does(tokenizer: Any) -> None:
+def test_stage_preview_has_the_first_rows_and_the_template_summary(tokenizer: Any) -> None:
     fields = {"kind": "sft", "data": "a", "model": "b", "epochs": 1, "learning_rate": 0.1, "max_length": 99}
     result = stage_preview(Sft.model_validate(fields), [chat(*CHAT)] * 5, tokenizer)
     assert len(result["records"]) == 3
@@ -458,12 +471,12 @@ def test_training_logs_its_first_rows_and_what_the_template_does(tokenizer: Any)
     assert result["template"] == template_summary(tokenizer)
 
 
-def test_template_summary_names_end_token_and_what_is_not_supported(tokenizer: Any) -> None:
-    own = template_summary(tokenizer)
-    assert own.startswith(
+def test_template_summary_lists_end_token_and_unsupported_features(tokenizer: Any) -> None:
+    summary = template_summary(tokenizer)
+    assert summary.startswith(
         "a response ends with <|end|>; generation begins after '<|assistant|>'; system messages are rend"
     )
-    assert "tool calls are rendered" in own
+    assert "tool calls are rendered" in summary
     tokenizer.chat_template = GEMMA_LIKE
     summary = template_summary(tokenizer)
     assert "system messages are not supported" in summary

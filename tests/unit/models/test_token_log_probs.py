@@ -58,17 +58,19 @@ def test_a_frozen_head_gives_the_values_and_gradients_of_autograd(
     hidden_nh = torch.randn(700, 16).mul_(20)
     results = []
     for fused in (True, False):
-        own_nh = hidden_nh.clone().requires_grad_()
+        expected_states_nh = hidden_nh.clone().requires_grad_()
         if fused:
-            log_probs_n, entropy_n = frozen_head_log_probs(own_nh, head, targets_n, temperature, entropy)
+            log_probs_n, entropy_n = frozen_head_log_probs(expected_states_nh, head, targets_n, temperature, entropy)
         else:
-            log_probs_n, entropy_n = log_probs_of(head(own_nh), targets_n, temperature, entropy)
+            log_probs_n, entropy_n = log_probs_of(head(expected_states_nh), targets_n, temperature, entropy)
         loss = (log_probs_n * weights_n).sum()
         if entropy_n is not None:
             assert entropy_n.requires_grad == (entropy == "gradient")
             loss = loss + (entropy_n * entropy_weights_n).sum()
         loss.backward()
-        results.append([log_probs_n.detach(), own_nh.grad, *([] if entropy_n is None else [entropy_n.detach()])])
+        results.append(
+            [log_probs_n.detach(), expected_states_nh.grad, *([] if entropy_n is None else [entropy_n.detach()])]
+        )
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-5)
 
 

@@ -27,11 +27,11 @@ from tunery.training.sequences import BlockSet, SequenceSet
 
 
 def conversation(number: int, **fields: Any) -> dict[str, Any]:
-    turns = [
+    messages = [
         {"role": "user", "content": f"what is row {number}"},
         {"role": "assistant", "content": "the model " * (number % 5 + 1)},
     ]
-    return {"id": f"{number:016x}", "messages": turns, "source": "rows.jsonl", "line": number + 1, **fields}
+    return {"id": f"{number:016x}", "messages": messages, "source": "rows.jsonl", "line": number + 1, **fields}
 
 
 ROWS = [
@@ -61,12 +61,12 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "artifact"
 
 
-def build(folder: Path, rows: Path, tokenizer: Any, encoding: Encoding, **other: Any) -> TokenizedDataset:
-    cache = TokenCache(folder / "tokenized", folder / "leases", **other)
+def build(folder: Path, rows: Path, tokenizer: Any, encoding: Encoding, **options: Any) -> TokenizedDataset:
+    cache = TokenCache(folder / "tokenized", folder / "leases", **options)
     return cache.open_or_build(rows, "dataset-1", tokenizer, encoding, CONVERSATIONS)
 
 
-def test_sequences_are_those_of_encoding_the_rows(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_sequences_equal_the_encoded_rows(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     encoding = Encoding(24)
     actual = build(tmp_path, rows, tokenizer, encoding)
     expected = [item for items in encode_sequences(ROWS, tokenizer, encoding) for item in items if item.spans]
@@ -91,85 +91,85 @@ def test_unusable_rows_are_listed_with_file_line_and_reason(rows: Path, tokenize
 def test_multiple_processes_write_the_same_files_as_one(
     rows: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = build(tmp_path / "one", rows, tokenizer, Encoding(24))
+    single = build(tmp_path / "one", rows, tokenizer, Encoding(24))
     monkeypatch.setattr(token_cache, "PARALLEL_ROWS", 1)
     monkeypatch.setattr(token_cache, "available_cpus", lambda: 2)
-    recorded: list[tuple[int, int]] = []
-    two = build(tmp_path / "two", rows, tokenizer, Encoding(24), progress=lambda *now: recorded.append(now))
-    files = sorted(path.name for path in one.folder.iterdir())
-    assert files == sorted(path.name for path in two.folder.iterdir())
+    progress: list[tuple[int, int]] = []
+    parallel = build(tmp_path / "two", rows, tokenizer, Encoding(24), progress=lambda *counts: progress.append(counts))
+    files = sorted(path.name for path in single.folder.iterdir())
+    assert files == sorted(path.name for path in parallel.folder.iterdir())
     for name in files:
-        assert (one.folder / name).read_bytes() == (two.folder / name).read_bytes(), name
-    assert recorded == [(16, 42), (32, 42), (42, 42)]
+        assert (single.folder / name).read_bytes() == (parallel.folder / name).read_bytes(), name
+    assert progress == [(16, 42), (32, 42), (42, 42)]
 
 
-def test_built_once_and_opened_by_all_others(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
-    calls: list[int] = []
+def test_concurrent_openers_build_once(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+    encoded_rows: list[int] = []
 
-    def counting(some: Any, tokenizer: Any, encoding: Any) -> Any:
-        calls.append(len(some))
-        return encode_conversations(some, tokenizer, encoding)
+    def counted_encode(chunk: Any, tokenizer: Any, encoding: Any) -> Any:
+        encoded_rows.append(len(chunk))
+        return encode_conversations(chunk, tokenizer, encoding)
 
-    def open_it() -> None:
+    def open_dataset() -> None:
         cache = TokenCache(tmp_path / "tokenized", tmp_path / "leases")
         cache.open_or_build(
-            rows, "dataset-1", tokenizer, Encoding(24), RowEncoding(counting, tuple(CONTENT), "", "conversation")
+            rows, "dataset-1", tokenizer, Encoding(24), RowEncoding(counted_encode, tuple(CONTENT), "", "conversation")
         )
 
-    threads = [threading.Thread(target=open_it) for _ in range(3)]
+    threads = [threading.Thread(target=open_dataset) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sum(calls) == 42
+    assert sum(encoded_rows) == 42
 
 
 def test_interrupted_build_is_repeated(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
-    whole = build(tmp_path / "whole", rows, tokenizer, Encoding(24))
-    key = whole.folder.name
-    staging = tmp_path / "cut" / "tokenized" / f"{key}.staging-1"
+    complete = build(tmp_path / "complete", rows, tokenizer, Encoding(24))
+    key = complete.folder.name
+    staging = tmp_path / "interrupted" / "tokenized" / f"{key}.staging-1"
     staging.mkdir(parents=True)
     (staging / "tokens.bin").write_bytes(b"half")
-    again = build(tmp_path / "cut", rows, tokenizer, Encoding(24))
-    assert (again.folder / "tokens.bin").read_bytes() == (whole.folder / "tokens.bin").read_bytes()
+    rebuilt = build(tmp_path / "interrupted", rows, tokenizer, Encoding(24))
+    assert (rebuilt.folder / "tokens.bin").read_bytes() == (complete.folder / "tokens.bin").read_bytes()
     assert not staging.exists()
 
 
 def test_cache_key_covers_exactly_rows_tokenizer_template_and_settings(
     rows: Path, source: dict[str, Any], tmp_path: Path
 ) -> None:
-    def key(name: str = "a", template: str | None = None, at: Path = rows, **fields: Any) -> str:
+    def key(name: str = "a", template: str | None = None, artifact: Path = rows, **fields: Any) -> str:
         tokenizer = load_tokenizer(source)
         tokenizer.chat_template = template or tokenizer.chat_template
-        tokenizer("a text", truncation=True, max_length=3)  # a call's settings are not the tokenizer's content
-        return cache_key(at, name, tokenizer, Encoding(**{"max_length": 64, **fields}), encode_conversations)
+        tokenizer("a text", truncation=True, max_length=3)  # options of one call must not change the key
+        return cache_key(artifact, name, tokenizer, Encoding(**{"max_length": 64, **fields}), encode_conversations)
 
     write_rows(ROWS[1:], tmp_path / "fewer")
 
-    others = [
+    keys = [
         key(),
         key("b"),
-        key(at=tmp_path / "fewer"),
+        key(artifact=tmp_path / "fewer"),
         key(template=load_tokenizer(source).chat_template + " "),
         key(max_length=65),
         key(train_on="last_turn"),
         key(truncate="left"),
         key(empty_thinking="train"),
     ]
-    assert len(set(others)) == len(others)
-    assert key() == others[0]
+    assert len(set(keys)) == len(keys)
+    assert key() == keys[0]
 
 
 def test_template_with_the_date_has_a_key_per_day(
     rows: Path, source: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def key(template: str, day: int) -> str:
-        class Day(date):
+        class FixedDate(date):
             @classmethod
             def today(cls) -> date:
                 return date(2026, 11, day)
 
-        monkeypatch.setattr(token_cache, "date", Day)
+        monkeypatch.setattr(token_cache, "date", FixedDate)
         tokenizer = load_tokenizer(source)
         tokenizer.chat_template = template + tokenizer.chat_template
         return cache_key(rows, "a", tokenizer, Encoding(64), encode_conversations)
@@ -178,13 +178,13 @@ def test_template_with_the_date_has_a_key_per_day(
     assert key("", 1) == key("", 2)
 
 
-def test_pretraining_takes_all_tokens_of_every_row(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_documents_train_all_tokens_of_every_row(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     cache = TokenCache(tmp_path / "tokenized", tmp_path / "leases")
     encoding = Encoding(2**31 - 1, "all_tokens")
     actual = cache.open_or_build(
         rows, "dataset-1", tokenizer, encoding, RowEncoding(encode_documents, tuple(CONTENT), "", "documents")
     )
-    assert len(actual) == actual.stats.rows == 42, "a conversation without a response too"
+    assert len(actual) == actual.stats.rows == 42, "a conversation without a response is included"
     assert all(actual.loss_tokens(index) == len(actual.ids(index)) - 1 for index in range(len(actual)))
 
 
@@ -194,7 +194,7 @@ def test_no_usable_row_is_an_empty_dataset(tokenizer: Any, tmp_path: Path) -> No
     assert (len(actual), actual.stats.rows, actual.stats.num_unusable) == (0, 1, 1)
 
 
-def test_blocks_are_all_tokens_of_a_data_stage_one_after_another(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_blocks_are_consecutive_tokens_of_a_data_stage(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     part = build(tmp_path, rows, tokenizer, Encoding(2**31 - 1))
     blocks = BlockSet(SequenceSet([part, part]), 50)
     assert blocks.part_sizes == [part.tokens.size // 50] * 2
@@ -206,20 +206,20 @@ def test_blocks_are_all_tokens_of_a_data_stage_one_after_another(rows: Path, tok
 
 def test_sequence_set_of_several_datasets_has_one_index(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     part = build(tmp_path, rows, tokenizer, Encoding(24))
-    both = SequenceSet([part, part])
-    assert len(both) == 2 * len(part)
-    assert both.ids(len(part) + 3) == part.ids(3)
-    assert both.stats.rows == 2 * part.stats.rows
-    assert part.stats.rows == 42, "the parts' own counts stay"
+    combined = SequenceSet([part, part])
+    assert len(combined) == 2 * len(part)
+    assert combined.ids(len(part) + 3) == part.ids(3)
+    assert combined.stats.rows == 2 * part.stats.rows
+    assert part.stats.rows == 42, "the counts of the parts must not change"
 
 
 @pytest.mark.parametrize("weights", [(0.7, 0.3), (0.5, 0.5), (0.01, 0.99), (1.0, 0.0)])
-def test_every_part_of_a_mixture_has_the_source_weights(weights: tuple[float, float]) -> None:
+def test_every_prefix_of_a_mixture_has_the_source_weights(weights: tuple[float, float]) -> None:
     mixture = SequenceMixture((50, 200), weights)
     order = data_order(np.ones(250, np.int64), 100, 10, 7, mixture)
-    first = np.cumsum(np.sort(order.reshape(100, 10) < 50, axis=1).sum(axis=1))
+    first_source_counts = np.cumsum(np.sort(order.reshape(100, 10) < 50, axis=1).sum(axis=1))
     expected = np.arange(1, 101) * 10 * weights[0]
-    assert np.abs(first - expected).max() <= 1
+    assert np.abs(first_source_counts - expected).max() <= 1
     assert order.tolist() == data_order(np.ones(250, np.int64), 100, 10, 7, mixture).tolist()
     assert order.tolist() != data_order(np.ones(250, np.int64), 100, 10, 8, mixture).tolist()
 

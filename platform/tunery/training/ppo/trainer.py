@@ -301,13 +301,13 @@ class PpoTrainer:
                         grad_norms.append(grad_norm)
         dist.all_reduce(sums)
         self.phase_stats.tokens["update"] = sum(lengths) * spec.ppo_epochs
-        policy_loss_sum, value_loss_sum, num_clipped, kl_sum, num_tokens = sums.tolist()
-        num_tokens = num_tokens or 1.0  # 0 if every step was skipped
+        policy_loss_sum, value_loss_sum, num_clipped, kl_sum, loss_tokens = sums.tolist()
+        loss_tokens = loss_tokens or 1.0  # 0 if every step was skipped
         metrics = {
-            "policy_loss": policy_loss_sum / num_tokens,
-            "value_loss": value_loss_sum / num_tokens,
-            "clip_fraction": num_clipped / num_tokens,
-            "approximate_kl": kl_sum / num_tokens,
+            "policy_loss": policy_loss_sum / loss_tokens,
+            "value_loss": value_loss_sum / loss_tokens,
+            "clip_fraction": num_clipped / loss_tokens,
+            "approximate_kl": kl_sum / loss_tokens,
         }
         if grad_norms:  # before clipping; DeepSpeed (0.19.8) reports none under ZeRO-0 in fp32
             metrics["grad_norm"] = sum(grad_norms) / len(grad_norms)
