@@ -40,8 +40,8 @@ conversation: a conversation as in `sft`
 pair: both responses of a preference pair, each after the prompt
 rated: a rated response, or both responses of a pair
 prompt: the prompt up to the start of generation
-scored: a row of which the last response is scored
-all_tokens: a row of which every token is scored
+scored: a row whose last response is scored
+all_tokens: a row whose tokens are all scored
 ifd: the last response, once after the prompt and once without it
 classifier: the input of a sequence classifier or an embedding model
 reward_pair: the classifier inputs of both responses of a pair

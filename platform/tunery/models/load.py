@@ -149,7 +149,7 @@ def load_with_new_head(source: Source, labels: Sequence[str], dtype: torch.dtype
     """Load a language model with a classification head for training, in `dtype`. Return it and the names of its
     randomly initialized modules. An existing head with the same number of labels is kept.
 
-    The config gets a `pad_token_id`, by which the model finds the last token of a row. Raises TuneryError if other
+    The config gets a `pad_token_id`, which the model needs to find the last token of a row. Raises TuneryError if other
     modules than the head and a pooler would be initialized randomly.
     """
     from transformers import AutoModelForSequenceClassification

@@ -1,4 +1,4 @@
-"""Collectives on Python values, by which all ranks take the same decisions. Call them on all ranks, at the same
+"""Collectives on Python values, so that all ranks make the same decisions. Call them on all ranks, at the same
 step."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The TrainerCallback by which LoopControl controls transformers' Trainer."""
+"""The TrainerCallback that applies the decisions of LoopControl to transformers' Trainer."""
 
 from __future__ import annotations
 

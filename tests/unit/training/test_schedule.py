@@ -59,5 +59,5 @@ def test_overrides_change_the_peak_and_the_weight_decay_of_later_steps_only() ->
     overrides = ({"after": 0.3, "learning_rate": 6e-4}, {"after": 0.6, "weight_decay": 0.5})
     plain, changed = (build_schedule(sft(weight_decay=0.1, schedule_overrides=given), 10) for given in ((), overrides))
     assert changed.learning_rates[:3] == plain.learning_rates[:3]
-    assert changed.learning_rates[3:] == pytest.approx([2 * rate for rate in plain.learning_rates[3:]])
+    assert changed.learning_rates[3:] == pytest.approx([2 * lr for lr in plain.learning_rates[3:]])
     assert changed.weight_decays == (0.1,) * 6 + (0.5,) * 4

@@ -328,7 +328,7 @@ def _poll_until_done(job: Job, pack: Any, report: Report) -> None:
                 report(metrics)
     except PackFull:
         raise
-    except BaseException:  # including SystemExit, by which Tune stops a trial; the pack would continue the training
+    except BaseException:  # including SystemExit, which Tune raises to stop a trial. The pack would otherwise train on.
         pack.leave.remote(job.trial)
         raise
 
