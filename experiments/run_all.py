@@ -89,7 +89,7 @@ def figures(state: RunState) -> list[str]:
     lines = [_figures(state.comparisons[title], FIGURES[title]) for title in state.comparisons if title in FIGURES]
     if state.search is not None:
         lines += state.comparisons[SEARCH_TABLE]["notes"]
-        lines.append(f"steps of all trials: {sum(trial.steps or 0 for trial in state.search.own):,.0f}")
+        lines.append(f"steps of all trials: {sum(trial.steps or 0 for trial in state.search.originals):,.0f}")
     return lines
 
 
