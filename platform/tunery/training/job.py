@@ -68,8 +68,9 @@ class Job:
     """Checkpoint of another training to resume from. Both trainings are identical up to its step."""
 
 
-Report = Callable[[dict[str, float]], None]
-"""Reports an evaluation to the search: progress and metrics (training_stats.py, `report_of`)."""
+Report = Callable[[dict[str, float]], bool | None]
+"""Reports an evaluation to the search: progress and metrics (training_stats.py, `report_of`). Returns True if the
+training should stop."""
 Emit = Callable[..., None]
 """emit(event, field=value, ..) writes an event to the event log."""
 

@@ -184,10 +184,14 @@ class LoopControl:
             self._pending_reports.append(report_of(self.job.stage, step, self.steps, tokens, rows, metrics))
 
     def flush_reports(self) -> None:
-        """Report the queued evaluations to the search. Call after the checkpoint of the step, if any, is complete."""
+        """Report the queued evaluations to the search. Call on all ranks, after the checkpoint of the step, if any, is
+        complete. Raises Stopped on all ranks if the search stops the training."""
         pending, self._pending_reports = self._pending_reports, []
+        stop = False
         for metrics in pending:
-            self._report(metrics)
+            stop = bool(self._report(metrics)) or stop
+        if pending and any_rank(stop):
+            raise Stopped(f"stopped at step {self.step}")
 
     # Checkpoints and the end.
 

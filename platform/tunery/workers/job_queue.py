@@ -34,6 +34,11 @@ class _Job:
     """Ranks that have finished."""
     reports: list[dict[str, float]] = field(default_factory=list)
     """Reports of rank 0 that the run has not collected yet."""
+    num_reports: int = 0
+    """Number of all reports of rank 0."""
+    num_processed: int = 0
+    """Number of reports that the run has processed."""
+    is_cancelled: bool = False
     state: Literal["open", "done", "stopped", "failed"] = "open"
     errors: Pickled = b""
     """{rank: exception} of the last failure."""
@@ -140,12 +145,21 @@ class JobQueue:
 
         return await self._wait_for(find_work, lambda: self._closed or self._sessions[rank] != session)
 
-    async def report(self, rank: int, session: int, metrics: dict[str, float]) -> None:
-        """Pass metrics of the current job to the run."""
+    async def report(self, rank: int, session: int, metrics: dict[str, float]) -> bool:
+        """Pass metrics of the current job to the run, and wait until it has processed them. Return whether the job is
+        cancelled."""
         async with self._changed:
-            if self._sessions[rank] == session and self._job is not None:
-                self._job.reports.append(metrics)
-                self._changed.notify_all()
+            job = self._job
+            if self._sessions[rank] != session or job is None:
+                return False
+            job.reports.append(metrics)
+            job.num_reports = number = job.num_reports + 1
+            self._changed.notify_all()
+
+        def is_cancelled() -> bool | None:
+            return job.is_cancelled if job.is_cancelled or job.num_processed >= number else None
+
+        return await self._wait_for(is_cancelled, lambda: self._closed or self._sessions[rank] != session) or False
 
     async def finish_job(self, rank: int, session: int, stopped: bool) -> None:
         """Register that a worker has finished its part of the job. `stopped`: whether it has raised Stopped; either all
@@ -205,11 +219,21 @@ class JobQueue:
             self._job = _Job(self._job_number, call, max_failures)
             self._changed.notify_all()
 
-    async def job_update(self, failures: int) -> JobUpdate:
+    async def cancel_job(self) -> None:
+        """Make the current or next `report` of the job return True."""
+        async with self._changed:
+            if self._job is not None:
+                self._job.is_cancelled = True
+                self._changed.notify_all()
+
+    async def job_update(self, failures: int, num_processed: int) -> JobUpdate:
         """Wait for reports, for a failure beyond the `failures` that the caller knows, or for the end of the job, at
-        most MAX_WAIT_SECONDS. Return the update."""
+        most MAX_WAIT_SECONDS. Return the update. `num_processed`: number of reports that the caller has processed."""
         job = self._job
         assert job is not None, "called after submit_job"
+        async with self._changed:
+            job.num_processed = num_processed
+            self._changed.notify_all()
 
         def find_update() -> JobUpdate | None:
             if not job.reports and job.state == "open" and job.failures == failures:

@@ -62,30 +62,36 @@ class WorkerGroup:
 
     def run(
         self,
-        function: Callable[[Any, Callable[[dict[str, float]], None]], None],
+        function: Callable[[Any, Callable[[dict[str, float]], bool | None]], None],
         argument: Any,
-        report: Callable[[dict[str, float]], None],
+        report: Callable[[dict[str, float]], object],
         max_failures: int,
     ) -> None:
         """Call `function(argument, report)` on all workers and wait for its end. The reports of rank 0 are passed to
-        `report` in this process.
+        `report` in this process. If that raises, the report returns True to rank 0, which should then make all ranks
+        raise Stopped.
 
         If a worker dies or raises an error, all workers restart and call the function again, up to `max_failures`
         times. Raises WorkersFailed after that, and Stopped if the workers have raised it.
         """
         self._call(self._queue.submit_job, dumps((function, argument)), max_failures)
-        failures = 0
-        while True:
-            update: JobUpdate = self._call(self._queue.job_update, failures)
-            failures = update.failures
-            for metrics in update.reports:
-                report(metrics)
-            if update.state == "stopped":
-                raise Stopped("stopped while it trained")
-            if update.state == "failed":
-                raise WorkersFailed(loads(update.errors))
-            if update.state == "done":
-                return
+        failures = num_processed = 0
+        try:
+            while True:
+                update: JobUpdate = self._call(self._queue.job_update, failures, num_processed)
+                failures = update.failures
+                for metrics in update.reports:
+                    report(metrics)
+                    num_processed += 1
+                if update.state == "stopped":
+                    raise Stopped("stopped while it trained")
+                if update.state == "failed":
+                    raise WorkersFailed(loads(update.errors))
+                if update.state == "done":
+                    return
+        except BaseException:
+            self._queue.cancel_job.remote()
+            raise
 
     def map(
         self, callable_class: type, constructor_args: tuple[Any, ...], tasks: Sequence[Task], max_crashes: int

@@ -34,13 +34,16 @@ def test_job_goes_to_each_worker_once_and_is_done_when_all_have_finished() -> No
         await queue.submit_job(b"train", 0)
         for rank, session in enumerate(sessions):
             assert await queue.next(rank, session, 0) == Work("job", 1, b"train")
-        await queue.report(0, sessions[0], {"loss": 1.0})
+        report = asyncio.ensure_future(queue.report(0, sessions[0], {"loss": 1.0}))
+        await asyncio.sleep(0.01)
+        assert not report.done(), "it waits until the run has processed the report"
         await queue.finish_job(0, sessions[0], stopped=False)
-        update = await queue.job_update(0)
+        update = await queue.job_update(0, 0)
         assert (update.state, update.reports) == ("open", [{"loss": 1.0}])
         assert await is_waiting(queue.next(0, sessions[0], 1))
         await queue.finish_job(1, sessions[1], stopped=False)
-        update = await queue.job_update(0)
+        update = await queue.job_update(0, 1)
+        assert not await report
         assert (update.state, update.reports) == ("done", [])
 
     run(scenario())
@@ -60,6 +63,25 @@ def test_job_waits_until_all_workers_have_started() -> None:
     run(scenario())
 
 
+def test_report_returns_whether_the_job_was_cancelled() -> None:
+    async def scenario() -> None:
+        queue = JobQueue(2)
+        sessions = await join_all(queue)
+        await queue.submit_job(b"train", 0)
+        report = asyncio.ensure_future(queue.report(0, sessions[0], {"loss": 1.0}))
+        await queue.job_update(0, 0)
+        await queue.cancel_job()
+        assert await report
+        assert await queue.report(0, sessions[0], {"loss": 2.0}), "also later reports"
+        await queue.submit_job(b"train", 0)
+        report = asyncio.ensure_future(queue.report(0, sessions[0], {"loss": 3.0}))
+        await queue.job_update(0, 0)
+        await queue.job_update(-1, 1)
+        assert not await report, "the next job is not cancelled"
+
+    run(scenario())
+
+
 def test_stopped_job_is_reported_as_stopped() -> None:
     async def scenario() -> None:
         queue = JobQueue(2)
@@ -67,7 +89,7 @@ def test_stopped_job_is_reported_as_stopped() -> None:
         await queue.submit_job(b"train", 0)
         for rank, session in enumerate(sessions):
             await queue.finish_job(rank, session, stopped=True)
-        assert (await queue.job_update(0)).state == "stopped"
+        assert (await queue.job_update(0, 0)).state == "stopped"
 
     run(scenario())
 
@@ -78,11 +100,11 @@ def test_job_is_repeated_on_restarted_workers_up_to_max_failures(max_failures: i
         queue = JobQueue(2)
         await queue.submit_job(b"train", max_failures)
         for failures in range(max_failures + 1):
-            assert (await queue.job_update(failures - 1)).state == "open"
+            assert (await queue.job_update(failures - 1, 0)).state == "open"
             for rank, session in enumerate(await join_all(queue)):
                 assert (await queue.next(rank, session, 0)).call == b"train"
             await queue.fail([1], b"errors")
-        update = await queue.job_update(max_failures)
+        update = await queue.job_update(max_failures, 0)
         assert (update.state, update.failures, update.errors) == ("failed", max_failures + 1, b"errors")
 
     run(scenario())
@@ -99,7 +121,7 @@ def test_messages_of_earlier_sessions_are_ignored() -> None:
         await queue.finish_job(1, old[1], stopped=False)
         await queue.report(0, old[0], {"loss": 2.0})
         await queue.finish_job(0, new[0], stopped=False)
-        update = await queue.job_update(1)
+        update = await queue.job_update(1, 0)
         assert (update.state, update.reports) == ("open", [])
 
     run(scenario())
