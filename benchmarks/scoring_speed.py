@@ -165,7 +165,7 @@ def ours(experiment: dict[str, Any], folder: Path, store: Path) -> tuple[float, 
         for path in shards(scored)
         for score in pq.read_table(scored / "scores" / path.name, columns=["perplexity"])[0].to_pylist()
     ]
-    return json.loads((scored / "runtime_stats.json").read_text())["actor_seconds"] / 2, seconds, scores
+    return json.loads((scored / "runtime_stats.json").read_text())["worker_seconds"] / 2, seconds, scores
 
 
 def report(rows: int, told: dict[str, list[tuple[float, float, list[float]]]]) -> None:

@@ -119,7 +119,7 @@ def test_one_worker_with_16_responses_and_two_with_8_learn_the_same(
     assert len(one) == len(two) == 2 + 3
     for first, second in zip(one, two, strict=True):
         for key, value in first.items():  # DeepSpeed logs the gradient norm only under ZeRO
-            # Absolute tolerance: sampler_gap is rounding error, and the mean of whitened advantages is near 0.
+            # Absolute tolerance: sampler_logprob_diff is rounding error, and the mean of whitened advantages is near 0.
             assert second[key] == pytest.approx(value, rel=1e-3, abs=1e-4), (first["step"], key)
     for first, second in zip(alone[name]["facts"]["responses"], result["responses"], strict=True):
         for key, value in first.items():

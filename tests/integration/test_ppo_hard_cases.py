@@ -110,5 +110,5 @@ def test_two_workers_that_share_weights_learn_what_one_does(case: dict, tmp_path
             assert second[key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
     assert facts["rows"] == 1
     state = json.loads((tmp_path / "one" / "checkpoints" / "checkpoint-1" / "ppo.json").read_text())["state"]
-    assert state["least"] == 0.0, "an empty answer was among them: the reward is the answer's length"
+    assert state["reward_min"] == 0.0, "an empty answer was among them: the reward is the answer's length"
     assert one[0]["eos_rate"] < 1, "and one that was cut off"

@@ -433,7 +433,7 @@ class _EventGenerator:
             "returns": 1 + 3.5 * done,
             "response_length": 36 + 12 * done,
             "eos_rate": 0.4 + 0.4 * done,
-            "sampler_gap": 2e-7,
+            "sampler_logprob_diff": 2e-7,
             "learning_rate": 3e-4,
             "rollout_tokens_per_second": 2_100.0,
             "score_tokens_per_second": 3_400.0,

@@ -101,7 +101,7 @@ def read_in_parallel(
     rows = sum(_read_counts(out)["rows"] for out in results if out.is_dir())
     context.emit("progress", done=rows, total=None, unit="rows", detail="starting actors")
     if pending:
-        for result in context.launcher.map_tasks(ReadActor, (stage,), pending, on_cpu=True):
+        for result in context.launcher.map_tasks(SourceReader, (stage,), pending, on_cpu=True):
             if result["failed"]:
                 raise UnavailableFile(result["failed"])
             rows += int(result["rows"])
@@ -118,7 +118,7 @@ def read_in_parallel(
     shutil.rmtree(folder)
 
 
-class ReadActor:
+class SourceReader:
     def __init__(self, stage: Dataset) -> None:
         self._stage = stage
 

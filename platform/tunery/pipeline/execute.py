@@ -40,13 +40,14 @@ def execute(
     experiment: Experiment,
     run_context: RunContext,
     log: EventLog,
-    launcher: Callable[[str], Launcher] = lambda stage: InProcessLauncher(),
+    launcher_of: Callable[[str], Launcher] = lambda stage: InProcessLauncher(),
     trial: TrialContext = TrialContext(),
     done: Mapping[str, Artifact] = MappingProxyType({}),
 ) -> dict[str, Artifact]:
     """Run all stages of `experiment`, whose compute is resolved, except those in `done`. Returns all artifacts by stage
-    name. `launcher(stage name)` returns where a stage trains and scores (training/launch.py): runs pass their workers,
-    trials their own process. The default suits stages without models.
+    name. `launcher_of(stage name)` returns where the stage's training and model tasks run (training/launch.py): on the
+    workers of a run; in the process of a trial, in a pack of LoRA trials, or on the trial's own workers. The default
+    suits stages without models.
 
     Ray must be running if a stage that needs it is not in the store. Raises StageError after a stage_failed event.
     """
@@ -59,7 +60,7 @@ def execute(
         stage = experiment.stages[name]
         artifact = run_context.store.find(stage.kind, keys[name].fingerprint)
         if artifact is None:
-            artifact = _run_stage(name, experiment, run_context, log, launcher(name), trial, keys[name], artifacts)
+            artifact = _run_stage(name, experiment, run_context, log, launcher_of(name), trial, keys[name], artifacts)
         elif not trial.label:
             _log_finished(log, name, artifact, reused=True, seconds=0.0)
         artifacts[name] = artifact
@@ -89,9 +90,8 @@ def _run_stage(
     emit("stage_started", kind=stage.kind, fingerprint=key.fingerprint, detail="")
     try:
         with run_context.store.lease(stage.kind, key.fingerprint, wait):
-            if (
-                artifact := run_context.store.find(stage.kind, key.fingerprint)
-            ) is not None:  # built while this run waited
+            artifact = run_context.store.find(stage.kind, key.fingerprint)
+            if artifact is not None:  # another run built it while this one waited for the lease
                 _log_finished(log, name + trial.label, artifact, reused=True, seconds=time.time() - started)
                 return artifact
             validate_models_at_start(name, stage, experiment, run_context.folder)

@@ -17,7 +17,7 @@ METRIC_GROUPS: dict[str, dict[str, str]] = {
         "kl": "KL to the reference, nats",
         "kl_coefficient": "KL coefficient",
         "approximate_kl": "KL of the update, nats",
-        "sampler_gap": "sampler logprob diff, nats",
+        "sampler_logprob_diff": "sampler logprob diff, nats",
     },
     "policy": {
         "loss": "loss",

@@ -1,9 +1,9 @@
-"""The `score` stage: shards of rows stream through pools of Ray actors, and no row is scored twice.
+"""The `score` stage: shards of rows go through the workers of the run, and no row is scored twice.
 
 One task is one shard of the dataset, whose size depends only on its rows. Every score is therefore computed from the
-same batches whatever the number of actors, and the score table is identical to the byte. Scorers that use the same kind
-of output of the same model (likelihoods, logits, embeddings) share an actor and its forward passes; scorers without a
-model share one pass over the rows on all free CPUs.
+same batches whatever the number of workers, and the score table is identical to the byte. Scorers that use the same
+kind of output of the same model (likelihoods, logits, embeddings) share forward passes. Scorers without a model share
+one pass over the rows on all free CPUs.
 
 The result of each shard is written to the work directory of the stage, so an interrupted stage resumes with the next
 shard. Rows that any earlier run of the store has scored come from its score cache (store/score_cache.py).
@@ -27,11 +27,16 @@ import pyarrow.parquet as pq
 from tunery.errors import RowCountError, StageError
 from tunery.ingest.row_samples import quarantine_facts
 from tunery.models.load import source_of
-from tunery.scoring.score_actors import ClassificationActor, EmbeddingActor, LikelihoodActor, RuleActor
 from tunery.scoring.score_shard import ScorePass
 from tunery.scoring.score_stats import describe_scores
 from tunery.scoring.scorers.external_groupby import RowSignatures
 from tunery.scoring.scorers.interfaces import CorpusScorer
+from tunery.scoring.shard_scorers import (
+    ClassificationShardScorer,
+    EmbeddingShardScorer,
+    LikelihoodShardScorer,
+    RuleShardScorer,
+)
 from tunery.spec import Pretrained, Score, ScorerSpec
 from tunery.spec.scorers import SCORERS
 from tunery.store import StageContext, StageResult, fingerprint
@@ -39,12 +44,12 @@ from tunery.store.fingerprint import folder_digest
 from tunery.store.rows import shards, to_str_list
 from tunery.store.score_cache import ScoreCache, ids_to_uint64
 
-MODEL_ACTORS: dict[str, type] = {
-    "likelihood": LikelihoodActor,
-    "classification": ClassificationActor,
-    "embedding": EmbeddingActor,
+SHARD_SCORERS: dict[str, type] = {
+    "likelihood": LikelihoodShardScorer,
+    "classification": ClassificationShardScorer,
+    "embedding": EmbeddingShardScorer,
 }
-"""Actor class by input kind of the scorers. Scorers with the same actor class and model share its forward passes."""
+"""Class that scores shards, by input kind of the scorers. Scorers of the same class and model share forward passes."""
 MAX_SHARD_CRASHES = 20
 """How many worker deaths during one shard are tolerated; the next one fails the stage. Before that, rows that kill
 their worker are quarantined one after the other (score_shard.py)."""
@@ -65,8 +70,8 @@ def run_scoring(context: StageContext) -> StageResult:
     total = len(passes) * int(context.inputs[stage.data].facts["rows"])
     context.emit("progress", done=0, total=total, unit="rows", detail="waiting for workers")
     done = 0
-    for score_pass, actor, arguments in passes:
-        for shard_counts in _run_pass(context, score_pass, actor, arguments, files):
+    for score_pass, shard_scorer, arguments in passes:
+        for shard_counts in _run_pass(context, score_pass, shard_scorer, arguments, files):
             done += int(shard_counts["rows"])
             for key in counts:
                 counts[key] += shard_counts.get(key, 0)
@@ -95,32 +100,32 @@ def run_scoring(context: StageContext) -> StageResult:
             "tokens_per_second": facts["tokens"] / seconds,
             "rows_per_second": facts["rows_out"] / seconds,
             "score_seconds": seconds,
-            "actor_seconds": counts["seconds"],
+            "worker_seconds": counts["seconds"],
         },
     )
 
 
 def _plan_passes(context: StageContext, stage: Score, run: str) -> Iterator[tuple[ScorePass, type, tuple[Any, ...]]]:
-    """Yield the passes over the rows, each with its actor class and the further arguments of the actor."""
+    """Yield the passes over the rows, each with the class that scores its shards and that class's further arguments."""
     paths = {name: artifact.path for name, artifact in context.inputs.items()}
     by_model: dict[tuple[type, str], list[ScorerSpec]] = {}
     without_model: list[ScorerSpec] = []
     specs: Sequence[ScorerSpec] = stage.by
     for spec in specs:
         input_kind = SCORERS[spec.kind()].input_kind
-        if input_kind in MODEL_ACTORS:
+        if input_kind in SHARD_SCORERS:
             assert spec.model is not None, "a scorer of this kind has a model"
             source = json.dumps(source_of(spec.model, paths, context.folder))
-            by_model.setdefault((MODEL_ACTORS[input_kind], source), []).append(spec)
+            by_model.setdefault((SHARD_SCORERS[input_kind], source), []).append(spec)
         else:
             without_model.append(spec)
-    for (actor, source), model_specs in by_model.items():
+    for (shard_scorer, source), model_specs in by_model.items():
         arguments: tuple[Any, ...] = (model_specs, json.loads(source), stage.max_length, context.compute)
-        if actor is EmbeddingActor:
+        if shard_scorer is EmbeddingShardScorer:
             arguments = (*arguments, paths)
-        yield _build_pass(context, model_specs, run), actor, arguments
+        yield _build_pass(context, model_specs, run), shard_scorer, arguments
     if without_model:
-        yield _build_pass(context, without_model, run), RuleActor, (without_model, paths)
+        yield _build_pass(context, without_model, run), RuleShardScorer, (without_model, paths)
 
 
 def _build_pass(context: StageContext, specs: Sequence[ScorerSpec], run: str) -> ScorePass:
@@ -143,7 +148,7 @@ def _scorer_fingerprint(context: StageContext, spec: ScorerSpec) -> str:
     assert isinstance(stage, Score)
     entry = SCORERS[spec.kind()]
     config: dict[str, Any] = {**spec.model_dump(mode="json", exclude={"name"}), "version": entry.version}
-    if entry.input_kind in MODEL_ACTORS:
+    if entry.input_kind in SHARD_SCORERS:
         # Scores in bf16 differ from those in fp32 in the third digit, so they are not mixed.
         precision = "fp32" if compute.device == "cpu" else compute.precision
         config |= {"max_length": stage.max_length, "precision": precision}
@@ -154,9 +159,9 @@ def _scorer_fingerprint(context: StageContext, spec: ScorerSpec) -> str:
 
 
 def _run_pass(
-    context: StageContext, score_pass: ScorePass, actor: type, arguments: tuple[Any, ...], files: list[Path]
+    context: StageContext, score_pass: ScorePass, shard_scorer: type, arguments: tuple[Any, ...], files: list[Path]
 ) -> Iterator[dict[str, float]]:
-    """Yield the counts of each shard and the seconds an actor spent on it; shards already done come first."""
+    """Yield the counts of each shard and the seconds that a worker spent on it; shards already done come first."""
     tasks = []
     for path in files:
         if (score_pass.folder / path.name).is_file():
@@ -165,9 +170,9 @@ def _run_pass(
         else:
             tasks.append({"shard": str(path)})
     if tasks:
-        on_cpu = actor is RuleActor
+        on_cpu = shard_scorer is RuleShardScorer
         yield from context.launcher.map_tasks(
-            actor, (score_pass, *arguments), tasks, on_cpu=on_cpu, max_crashes=MAX_SHARD_CRASHES
+            shard_scorer, (score_pass, *arguments), tasks, on_cpu=on_cpu, max_crashes=MAX_SHARD_CRASHES
         )
 
 

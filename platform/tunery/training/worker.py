@@ -1,5 +1,7 @@
-"""The training loop of each worker for all stage kinds but PPO (ppo/ppo_worker.py): load data and model, train with a
-transformers Trainer, save the model and check it. Rank 0 writes the facts.
+"""The training loop of each worker for all stage kinds that use a transformers Trainer: load data and model, train,
+save the model and check it. PPO has its own loop (ppo/ppo_worker.py), and so do LoRA trials in a pack (packed/).
+
+TrainingCallback sets the learning rate of each step; the values come from schedule.py.
 
 The loss of a step is the mean over its loss tokens in `pretrain` and `sft`, over its pairs or rows in `dpo`, `kto`,
 `reward` and `classifier`, and as TRL defines it in `grpo` and `rloo`. The mean is over all ranks and micro batches.
@@ -135,7 +137,7 @@ def _training_arguments(job: Job, batching: Batching, dtype: str) -> dict[str, A
         "per_device_train_batch_size": batching.micro_batch_size,
         "per_device_eval_batch_size": max(8, batching.micro_batch_size),
         "gradient_accumulation_steps": batching.gradient_accumulation_steps,
-        "learning_rate": spec.learning_rate,
+        "learning_rate": spec.learning_rate,  # only the initial value
         "lr_scheduler_type": "constant",  # TrainingCallback sets the learning rate of each step
         "weight_decay": spec.weight_decay,
         "max_grad_norm": spec.max_grad_norm,

@@ -47,7 +47,7 @@ def serve(train_loop_config: dict[str, WorkerConfig]) -> None:
     callable_class_number, function = 0, None  # the instance that runs tasks, and the number of its class
 
     def report(metrics: dict[str, float]) -> bool:
-        return rank == 0 and ray.get(queue.report.remote(rank, session, metrics))
+        return rank == 0 and bool(ray.get(queue.report.remote(rank, session, metrics)))
 
     while True:
         work: Work | None = ray.get(queue.next.remote(rank, session, last_job))

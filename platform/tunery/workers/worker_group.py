@@ -2,8 +2,12 @@
 
 Starting a group takes 20 to 40 s on two cores, nearly all of it for imports of torch, transformers, TRL and DeepSpeed.
 The group starts in the background while the first stages run, and later stages use the same group
-(benchmarks/stage_starts.py). After a failure Ray Train restarts all workers, and the job resumes from its last
-checkpoint.
+(benchmarks/stage_starts.py).
+
+One `TorchTrainer.fit()` lasts as long as the group. Its train function (serve.py) is a loop that takes work from a
+queue actor (job_queue.py): a job, such as a training, runs on all ranks; a task, such as scoring a shard, on one. If a
+worker dies, Ray Train restarts all of them. The job is then called again up to `max_failures` times
+(`compute.max_failures`, default 0) and resumes from its last checkpoint; interrupted tasks are repeated.
 """
 
 from __future__ import annotations

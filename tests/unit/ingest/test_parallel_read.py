@@ -19,7 +19,7 @@ from in_process import stage_context
 
 from tunery.ingest import parallel_read
 from tunery.ingest.filesystem import File, UnavailableFile, local_file
-from tunery.ingest.parallel_read import ReadActor, read_in_parallel, read_tasks
+from tunery.ingest.parallel_read import SourceReader, read_in_parallel, read_tasks
 from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source
 from tunery.ingest.sources import resolve_sources
 from tunery.spec import Dataset
@@ -143,7 +143,7 @@ def test_unavailable_file_is_reported_by_the_actor(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
     stage = dataset("a.jsonl")
     missing = dataclasses.replace(local_file(tmp_path / "a.jsonl", tmp_path), path=str(tmp_path / "b.jsonl"))
-    results = ReadActor(stage)({"task": [pickle.dumps(missing)], "out": [str(tmp_path / "task")]})
+    results = SourceReader(stage)({"task": [pickle.dumps(missing)], "out": [str(tmp_path / "task")]})
     assert results["rows"] == [0]
     assert "No such file" in results["failed"][0]
     assert not (tmp_path / "task").exists()

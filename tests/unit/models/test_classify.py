@@ -35,10 +35,10 @@ from tunery.models.load import load_classifier, load_original_tokenizer
 from tunery.models.model_folder import BadModel
 from tunery.models.truncation import encode
 from tunery.pipeline.validate import validate
-from tunery.scoring.score_actors import ClassificationActor
 from tunery.scoring.score_shard import ScorePass
 from tunery.scoring.scorers.label_probability import ClassifierScorer
 from tunery.scoring.scorers.reward_score import RewardScorer
+from tunery.scoring.shard_scorers import ClassificationShardScorer
 from tunery.spec import Classifier, Compute, Pretrained, Reward
 from tunery.spec.scorers import SCORERS
 from tunery.store import Store
@@ -344,7 +344,7 @@ def test_head_without_weights_is_rejected(folder: Path, tmp_path: Path) -> None:
 def test_label_missing_in_the_loaded_model_is_reported_by_the_actor(folder: Path, tmp_path: Path) -> None:
     spec = Classifier(classifier=Pretrained(pretrained="org/name"), label="grey")
     with pytest.raises(TuneryError, match=r"has no label `grey`\ncause: its labels: `red`, `green`, `blue`"):
-        ClassificationActor(
+        ClassificationShardScorer(
             ScorePass(("classifier",), tmp_path, "1"),
             [spec],
             source(folder / "colours"),

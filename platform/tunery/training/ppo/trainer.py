@@ -69,13 +69,13 @@ class PpoState:
         return {
             "step": self.step,
             "kl_coefficient": self.kl_coefficient,
-            "least": self.reward_min,
-            "most": self.reward_max,
+            "reward_min": self.reward_min,
+            "reward_max": self.reward_max,
         }
 
     @staticmethod
     def from_json(state: Mapping[str, Any]) -> PpoState:
-        return PpoState(state["step"], state["kl_coefficient"], state["least"], state["most"])
+        return PpoState(state["step"], state["kl_coefficient"], state["reward_min"], state["reward_max"])
 
 
 @dataclass
@@ -177,7 +177,7 @@ class PpoTrainer:
             "returns": float(masked_mean(targets.returns_bt, mask_bt)),
             "response_length": float(mask_bt.sum(dim=1).float().mean()),
             "eos_rate": sum(rollouts.ended) / len(rollouts.ended),
-            "sampler_gap": float(masked_mean(sampler_diff_bt, mask_bt)),
+            "sampler_logprob_diff": float(masked_mean(sampler_diff_bt, mask_bt)),
             "learning_rate": learning_rate,
         }
         if self._guard.skipped_steps > skipped_before:

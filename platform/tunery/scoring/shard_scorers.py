@@ -1,5 +1,5 @@
-"""Classes that score shards, constructed once in each worker, or Ray Data actor for scorers without a model: each holds
-the scorers of a pass and the model they share."""
+"""Classes that score shards. Each holds the scorers of a pass and the model that they share, and is constructed once in
+each worker (for scorers without a model: in each Ray Data actor)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tunery.spec.scorers import SCORERS
 from tunery.store.rows import Row
 
 
-class LikelihoodActor:
+class LikelihoodShardScorer:
     """Holds one causal language model for all likelihood scorers that use it."""
 
     def __init__(
@@ -55,7 +55,7 @@ class LikelihoodActor:
         return {score: {**self._scorers[score](sums), "truncated": truncated} for score in scores}
 
 
-class ClassificationActor:
+class ClassificationShardScorer:
     """Holds one sequence-classification model for all scorers that use it."""
 
     def __init__(
@@ -88,7 +88,7 @@ class ClassificationActor:
         return {score: {**self._scorers[score](output.logits), **token_columns} for score in scores}
 
 
-class EmbeddingActor:
+class EmbeddingShardScorer:
     """Holds one model without its head for all scorers that use it."""
 
     def __init__(
@@ -124,7 +124,7 @@ class EmbeddingActor:
         return {score: {**self._scorers[score](output.vectors), **token_columns} for score in scores}
 
 
-class RuleActor:
+class RuleShardScorer:
     """Holds the scorers without a model: those that score a row alone, and the signature functions of those that
     compare rows."""
 
