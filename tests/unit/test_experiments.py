@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
 import pytest
+from sample_search import searched_events
 
 from tunery.events.event_reducer import replay
 from tunery.events.run_state import RunState
@@ -70,6 +72,13 @@ def test_figures_are_the_chosen_columns_of_each_table() -> None:
         "notes": [],
     }
     assert run_all.figures(state_of(table)) == ["win rate, 95% interval: dpo 0.642 0.560–0.710, kto 0.500 0.420–0.580"]
+
+
+def test_figures_of_a_search_are_its_result_and_the_steps_of_its_trials() -> None:
+    result = {"event": "comparison", "title": run_all.SEARCH_TABLE, "columns": [], "rows": [], "notes": ["best: t00"]}
+    *notes, steps = run_all.figures(replay([*searched_events(trials=3), {"t": 1e10, **result}]))
+    assert notes == ["best: t00"]
+    assert re.fullmatch(r"steps of all trials: [1-9][\d,]*", steps)
 
 
 def failed_at(kind: str) -> RunState:
