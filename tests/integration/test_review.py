@@ -153,7 +153,7 @@ def decided(page: Page, count: int) -> None:
 
 
 def shown(page: Page) -> str:
-    return str(page.run("shown"))
+    return str(page.run("displayedId"))
 
 
 @needs_chromium
@@ -182,13 +182,13 @@ def test_keys_keep_drop_undo_and_move(chromium: Chromium, workspace: ReviewWorks
         assert (shown(page), read_decisions(workspace.decisions)) == (ids[1], {ids[0]: "keep"})
 
         page.press("ArrowLeft")
-        page.wait(f"shown === '{ids[0]}' && document.body.ariaBusy === 'false'")
+        page.wait(f"displayedId === '{ids[0]}' && document.body.ariaBusy === 'false'")
         assert page.run("document.querySelector('#keep').getAttribute('aria-pressed')") == "true"
         page.press("d")  # changes the decision
-        page.wait(f"shown === '{ids[1]}' && document.body.ariaBusy === 'false'")
+        page.wait(f"displayedId === '{ids[1]}' && document.body.ariaBusy === 'false'")
         assert read_decisions(workspace.decisions) == {ids[0]: "drop"}
         page.press("ArrowRight")
-        page.wait(f"shown === '{ids[2]}'")
+        page.wait(f"displayedId === '{ids[2]}'")
         assert len(read_decisions(workspace.decisions)) == 1, "moving decides nothing"
         assert page.errors == []
         assert {address.startswith(url) for address in page.requested} == {True}
@@ -253,7 +253,7 @@ def test_two_tabs_share_one_review(chromium: Chromium, workspace: ReviewWorkspac
         other.run("window.dispatchEvent(new Event('focus'))")  # all tabs of a headless browser have the focus
         decided(other, 1)
         other.press("ArrowRight")
-        other.wait(f"shown === '{ids[1]}' && document.body.ariaBusy === 'false'")
+        other.wait(f"displayedId === '{ids[1]}' && document.body.ariaBusy === 'false'")
         other.press("d")
         decided(other, 2)
         assert read_decisions(workspace.decisions) == {ids[0]: "keep", ids[1]: "drop"}
@@ -304,7 +304,7 @@ def test_hostile_rows_are_text_and_fit_the_page(chromium: Chromium, tmp_path: Pa
             page.resize(width, 740, dark=dark)
             observed = ""
             for index in range(len(HOSTILE)):
-                page.wait(f"at === {index} && shown === state.ids[{index}] && document.body.ariaBusy === 'false'")
+                page.wait(f"position === {index} && displayedId === state.ids[{index}] && document.body.ariaBusy === 'false'")
                 assert page.run("document.documentElement.scrollWidth") <= width, "nothing sticks out"
                 assert page.run("document.querySelectorAll('#row script, #row img, #row svg, #row b').length") == 0
                 page.press("e")
