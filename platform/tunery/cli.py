@@ -329,7 +329,7 @@ def main() -> None:
     """Run a command. Exit codes: 0 success, 1 failure, 2 invalid request, 130 interrupted."""
     atexit.register(_ignore_signals)  # exit handlers run in reverse order of registration
     with STOP.handled(), STOP.held():
-        code = _run_command()
+        code = run_command()
         _flush()
         if has_unfinished_calls():
             os._exit(code)
@@ -337,7 +337,8 @@ def main() -> None:
         sys.exit(code)
 
 
-def _run_command() -> int:
+def run_command() -> int:
+    """Run the command of `sys.argv`, print its error if it fails, and return the exit code."""
     try:
         with STOP.released():
             # typer (0.29) converts KeyboardInterrupt to Exit(130), whose code is returned without standalone mode.

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from run_here import RunsHere
+from run_here import RunsHere, SharedSession
 from workspace import Workspace
 
 from tunery.events.event_log import EventLog
-from tunery.pipeline.ray_session import RaySession
 from tunery.spec import Compute
+
+# Two pytest processes share the cores (Makefile), each with several processes: more threads would wait for each other.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(scope="session")
@@ -37,18 +40,14 @@ def before_sft(complete_run: Workspace, tmp_path: Path) -> Workspace:
     return bench
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def runs_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunsHere]:
-    """Ray with two CPUs, and two workers that the tests of a module share.
-
-    Not of the session: beside another Ray on the same machine, Ray's PlacementGroupCleaner (2.60) finds no cluster and
-    does not free the resources of stopped trials with several workers.
-    """
+    """Ray with two CPUs, and two workers that all tests share."""
     logs = tmp_path_factory.mktemp("ray")
-    session = RaySession(EventLog(logs / "events.jsonl"), logs)
+    session = SharedSession(EventLog(logs / "events.jsonl"), logs)
     compute = Compute(workers=2, device="cpu", save_steps=10, max_failures=0)
     try:
         session.start(compute)
         yield RunsHere(session, compute)
     finally:
-        session.stop()
+        session.shut_down()

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 from one_process import build_stages
+from run_here import RunsHere
 from small_classifiers import write_language_model
 from workspace import Workspace
 
@@ -98,7 +99,9 @@ def test_diverged_training_stops_without_zero(tmp_path: Path) -> None:
     assert models_in(tmp_path / "store") == []
 
 
-def test_workers_stop_together_and_a_search_continues_without_the_diverged_trial(before_sft: Workspace) -> None:
+def test_workers_stop_together_and_a_search_continues_without_the_diverged_trial(
+    before_sft: Workspace, runs_here: RunsHere
+) -> None:
     def change(experiment: dict[str, Any]) -> None:
         sft = experiment["stages"]["sft"]
         sft |= {"max_grad_norm": 1.0e9, "schedule": "constant", "warmup": 0, "tuner": {"lora": {"rank": 2}}}
@@ -114,7 +117,7 @@ def test_workers_stop_together_and_a_search_continues_without_the_diverged_trial
         experiment["compute"] = {"workers": 2, "zero_stage": 3}
 
     before_sft.write(change)
-    done = before_sft.tunery("run", str(before_sft.file))
+    done = runs_here.tunery(before_sft, "run", str(before_sft.file))
     assert done.returncode == 0, done.stdout + done.stderr
     ended = [event for event in before_sft.events() if event["event"] == "trial_finished"]
     states = {event["overrides"]["sft.learning_rate"]: (event["state"], event["error"]) for event in ended}
@@ -130,7 +133,7 @@ def test_workers_stop_together_and_a_search_continues_without_the_diverged_trial
 
     before_sft.write(alone)
     models = before_sft.artifacts("sft")
-    done = before_sft.tunery("run", str(before_sft.file))
+    done = runs_here.tunery(before_sft, "run", str(before_sft.file))
     assert done.returncode == 1, done.stdout
     assert "sft: the training diverged at step" in done.stderr + done.stdout
     assert "Traceback" not in done.stderr + done.stdout

@@ -108,7 +108,7 @@ def test_packed_trainings_equal_solo_trainings(before_sft: Workspace, tmp_path: 
         assert [sorted(point) for point in ours] == [sorted(point) for point in theirs]
         for expected, point in zip(theirs, ours, strict=True):
             assert point == pytest.approx(expected, rel=1e-5, abs=1e-9), name
-        result = json.loads((jobs[name].work / "outcome.json").read_text())["facts"]
+        result = json.loads((jobs[name].staging_dir / "outcome.json").read_text())["facts"]
         expected = {key: solo["facts"][key] for key in result}
         numbers = {key for key, value in expected.items() if isinstance(value, int | float)}
         assert {key: result[key] for key in numbers} == pytest.approx({key: expected[key] for key in numbers}, rel=1e-5)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from run_here import RunsHere
 from workspace import Workspace, facts, wait_for
 
 
@@ -33,7 +34,7 @@ def trials_of(bench: Workspace) -> dict[str, dict[str, Any]]:
 
 
 def test_pbt_children_resume_from_checkpoints_and_equal_training_from_scratch(
-    before_sft: Workspace, tmp_path: Path
+    before_sft: Workspace, tmp_path: Path, runs_here: RunsHere
 ) -> None:
     before_sft.write(bred)
     other = Workspace(tmp_path / "other")
@@ -61,7 +62,7 @@ def test_pbt_children_resume_from_checkpoints_and_equal_training_from_scratch(
         experiment["compute"]["max_packed_trials"] = 1
 
     other.write(in_turn)
-    again = other.tunery("run", str(other.file))
+    again = runs_here.tunery(other, "run", str(other.file))
     assert again.returncode == 0, again.stdout + again.stderr
     same = trials_of(other)
     assert {trial["trial"] for trial in children} == {
@@ -87,7 +88,7 @@ def test_pbt_children_resume_from_checkpoints_and_equal_training_from_scratch(
     shutil.copytree(other.store, whole.store, ignore=shutil.ignore_patterns("runs"))
     for item in whole.artifacts("sft"):
         shutil.rmtree(item)
-    alone = whole.tunery("run", str(whole.file))
+    alone = runs_here.tunery(whole, "run", str(whole.file))
     assert alone.returncode == 0, alone.stdout + alone.stderr
     (model,) = whole.artifacts("sft")
     assert json.loads((model / "runtime_stats.json").read_text())["resumed_from"] == 0

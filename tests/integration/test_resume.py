@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from processes import checkpoints, contents, worker_pids
+from run_here import RunsHere
 from workspace import Workspace, wait_for
 
 
@@ -86,12 +87,14 @@ def small_disk(tmp_path_factory: pytest.TempPathFactory):
         time.sleep(0.5)
 
 
-def test_full_disk_is_reported_and_finished_stages_are_kept(before_sft: Workspace, small_disk: Path) -> None:
+def test_full_disk_is_reported_and_finished_stages_are_kept(
+    before_sft: Workspace, small_disk: Path, runs_here: RunsHere
+) -> None:
     shutil.copytree(before_sft.store, small_disk / "store")
     finished = {path.name for path in (small_disk / "store" / "artifacts").iterdir()}
     bench = Workspace(small_disk)
     shutil.copy(before_sft.file, bench.file)
-    done = bench.tunery("run", str(bench.file))
+    done = runs_here.tunery(bench, "run", str(bench.file))
     assert done.returncode == 1, done.stdout + done.stderr
     assert "the disk is full" in done.stderr, done.stderr
     assert "Traceback" not in done.stdout + done.stderr

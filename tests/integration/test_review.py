@@ -304,7 +304,9 @@ def test_hostile_rows_are_text_and_fit_the_page(chromium: Chromium, tmp_path: Pa
             page.resize(width, 740, dark=dark)
             observed = ""
             for index in range(len(HOSTILE)):
-                page.wait(f"position === {index} && displayedId === state.ids[{index}] && document.body.ariaBusy === 'false'")
+                page.wait(
+                    f"position === {index} && displayedId === state.ids[{index}] && document.body.ariaBusy === 'false'"
+                )
                 assert page.run("document.documentElement.scrollWidth") <= width, "nothing sticks out"
                 assert page.run("document.querySelectorAll('#row script, #row img, #row svg, #row b').length") == 0
                 page.press("e")

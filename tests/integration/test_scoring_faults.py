@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from processes import raylet_pid, worker_pids
 from workspace import ENVIRONMENT, ROOT, Workspace, wait_for
 
-ROWS = 30_720  # 30 shards
+ROWS = 20_480  # 20 shards
 
 
 def prepared(bench: Workspace, complete_run: Workspace) -> Workspace:
@@ -75,7 +75,7 @@ def test_no_row_is_lost_or_scored_twice_after_raylet_driver_and_actor_kills(
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in left), seconds=60)
 
     before = len(parts(bench))
-    assert before < 30, "too late to disturb anything"
+    assert before < 20, "too late to disturb anything"
     third = bench.start()
     wait_for(lambda: len(parts(bench)) > before, process=third)
     os.kill(worker_pids(bench)[0], signal.SIGKILL)

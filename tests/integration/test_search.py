@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from run_here import RunsHere
 from workspace import Workspace, facts, wait_for
 
 
@@ -27,7 +28,7 @@ def searched(experiment: dict) -> None:
     }
 
 
-def test_killed_search_resumes_and_shared_stages_run_once(before_sft: Workspace) -> None:
+def test_killed_search_resumes_and_shared_stages_run_once(before_sft: Workspace, runs_here: RunsHere) -> None:
     before_sft.write(searched)
     first = before_sft.start()
     done = lambda: [e for e in before_sft.events() if e["event"] == "trial_finished"]  # noqa: E731
@@ -36,7 +37,7 @@ def test_killed_search_resumes_and_shared_stages_run_once(before_sft: Workspace)
     first.wait()
     trained_before = {path.name for path in before_sft.artifacts("sft")}
     assert trained_before
-    second = before_sft.tunery("run", str(before_sft.file))
+    second = runs_here.tunery(before_sft, "run", str(before_sft.file))
     assert second.returncode == 0, second.stdout + second.stderr
     (search,) = before_sft.artifacts("search")
     trials = facts(search)["trials"]
@@ -53,7 +54,7 @@ def test_killed_search_resumes_and_shared_stages_run_once(before_sft: Workspace)
     assert len(before_sft.artifacts("sft")) == 4
     table = next(event for event in before_sft.events() if event.get("title", "").startswith("Held-out loss"))
     assert any("best trial" in str(row[0]) for row in table["rows"])
-    third = before_sft.tunery("run", str(before_sft.file), "--json")
+    third = runs_here.tunery(before_sft, "run", str(before_sft.file), "--json")
     assert json.loads(third.stdout)["run"] == "small"
     assert third.stderr == ""
 
@@ -98,7 +99,9 @@ def outcome(bench: Workspace) -> dict[str, dict]:
     return {trial["trial"]: trial for trial in facts(search)["trials"]}
 
 
-def test_killed_packed_search_ends_like_an_undisturbed_one(before_sft: Workspace, tmp_path: Path) -> None:
+def test_killed_packed_search_ends_like_an_undisturbed_one(
+    before_sft: Workspace, runs_here: RunsHere, tmp_path: Path
+) -> None:
     before_sft.write(packed)
     shutil.copytree(before_sft.store, tmp_path / "undisturbed")
     first = before_sft.start()
@@ -106,7 +109,7 @@ def test_killed_packed_search_ends_like_an_undisturbed_one(before_sft: Workspace
     wait_for(trained, process=first)
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
-    second = before_sft.tunery("run", str(before_sft.file))
+    second = runs_here.tunery(before_sft, "run", str(before_sft.file))
     assert second.returncode == 0, second.stdout + second.stderr
     trials = outcome(before_sft)
     assert [trial["state"] for trial in trials.values()] == ["done"] * 6
@@ -117,21 +120,23 @@ def test_killed_packed_search_ends_like_an_undisturbed_one(before_sft: Workspace
     undisturbed.folder.mkdir()
     undisturbed.write(packed)
     shutil.move(tmp_path / "undisturbed", undisturbed.store)
-    whole = undisturbed.tunery("run", str(undisturbed.file), "--json")
+    whole = runs_here.tunery(undisturbed, "run", str(undisturbed.file), "--json")
     assert whole.returncode == 0, whole.stdout + whole.stderr
     for name, trial in outcome(undisturbed).items():
         assert trials[name]["values"] == pytest.approx(trial["values"], rel=1e-5)
     assert len(undisturbed.artifacts("score")) == len(before_sft.artifacts("score")) == 1
 
 
-def test_failed_trial_is_retried_and_reported_and_the_others_complete(before_sft: Workspace) -> None:
+def test_failed_trial_is_retried_and_reported_and_the_others_complete(
+    before_sft: Workspace, runs_here: RunsHere
+) -> None:
     def change(experiment: dict) -> None:
         packed(experiment)
         experiment["search"]["space"] = {"sft.max_length": {"choice": [128, 8]}, "sft.epochs": {"choice": [1, 0.5]}}
         experiment["search"]["trials"] = 4
 
     before_sft.write(change)
-    done = before_sft.tunery("run", str(before_sft.file))
+    done = runs_here.tunery(before_sft, "run", str(before_sft.file))
     assert done.returncode == 0, done.stdout + done.stderr
     trials = outcome(before_sft).values()
     assert {(trial["overrides"]["sft.max_length"], trial["state"]) for trial in trials} == {

@@ -1,4 +1,4 @@
-"""Win rates and forgetting of pretrained models, with two workers of Ray Data and in one process."""
+"""Win rates and forgetting of pretrained models, with two workers and in one process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from run_here import RunsHere
 from small_classifiers import write_language_model, write_reward_model
 from workspace import Workspace, facts
 
@@ -47,8 +48,10 @@ def bench(tmp_path: Path) -> Workspace:
     return actual
 
 
-def test_win_rate_does_not_depend_on_workers_and_a_failing_judge_is_reported(bench: Workspace) -> None:
-    done = bench.tunery("run", str(bench.file))
+def test_win_rate_does_not_depend_on_workers_and_a_failing_judge_is_reported(
+    bench: Workspace, runs_here: RunsHere
+) -> None:
+    done = runs_here.tunery(bench, "run", str(bench.file))
     assert done.returncode == 0, done.stdout + done.stderr
     for words in ("Win rates", "rules.py", "rater", "forgetting"):
         assert words in done.stdout
@@ -70,7 +73,7 @@ def test_win_rate_does_not_depend_on_workers_and_a_failing_judge_is_reported(ben
         "prompts": (300, True), "by_model": (600, True), "by_rules": (600, True), "eval": (600, True)}  # fmt: skip
 
     (bench.folder / "rules.py").write_text("def reward(prompts, responses):\n    return responses\n")
-    failed = bench.tunery("run", str(bench.file), WANDB_MODE="disabled")
+    failed = runs_here.tunery(bench, "run", str(bench.file))
     assert failed.returncode == 1
     assert "the reward `reward` of rules.py gave" in failed.stdout + failed.stderr
     assert "a reward is a finite number" in failed.stdout + failed.stderr

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TextIO
+from unittest.mock import patch
 
 from workspace import Workspace
 
+import tunery.live
+from tunery import cli
 from tunery.events.event_log import EventLog
+from tunery.interrupt import STOP
 from tunery.pipeline.compute import batch_sizes, resolve_compute
 from tunery.pipeline.execute import execute
 from tunery.pipeline.ray_session import RaySession
@@ -17,9 +28,19 @@ from tunery.store import Artifact, Store
 from tunery.training.launch import WorkersLauncher
 
 
+class SharedSession(RaySession):
+    """Ray and workers that runs use and leave running."""
+
+    def stop(self) -> None:
+        """Do nothing: `shut_down` stops Ray."""
+
+    def shut_down(self) -> None:
+        super().stop()
+
+
 @dataclass
 class RunsHere:
-    session: RaySession
+    session: SharedSession
     compute: Compute
     """Two workers on the CPU."""
 
@@ -35,3 +56,54 @@ class RunsHere:
             EventLog(run_context.events / "driver.jsonl"),
             lambda stage: WorkersLauncher(self.session.workers, resolved),
         )
+
+    def tunery(self, bench: Workspace, *words: str) -> subprocess.CompletedProcess[str]:
+        """Run a command of the CLI like `Workspace.tunery`, in this process: `tunery run` uses the running Ray."""
+        command = ["tunery", *words, "--store", str(bench.store)]
+        environment = {"WANDB_MODE": "offline", "COLUMNS": "120"}
+        with (
+            tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+            tempfile.TemporaryFile("w+", encoding="utf-8") as err,
+        ):
+            with (
+                patch.object(tunery.live, "RaySession", lambda log, logs: self.session),
+                patch.object(sys, "argv", command),
+                patch.dict(os.environ, environment),
+                _working_directory(bench.folder),
+                _redirected(out, err),
+                STOP.handled(),
+                STOP.held(),
+            ):
+                code = cli.run_command()
+            return subprocess.CompletedProcess(command, code, _content(out), _content(err))
+
+
+@contextmanager
+def _working_directory(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+@contextmanager
+def _redirected(out: TextIO, err: TextIO) -> Iterator[None]:
+    """Redirect the file descriptors and Python's objects of standard output and error, as for a separate process."""
+    saved = os.dup(1), os.dup(2)
+    try:
+        with os.fdopen(os.dup(out.fileno()), "w") as stdout, os.fdopen(os.dup(err.fileno()), "w") as stderr:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            with patch.object(sys, "stdout", stdout), patch.object(sys, "stderr", stderr):
+                yield
+    finally:
+        for number, copy in enumerate(saved, start=1):
+            os.dup2(copy, number)
+            os.close(copy)
+
+
+def _content(file: TextIO) -> str:
+    file.seek(0)
+    return file.read()
