@@ -15,7 +15,7 @@ experiments: $(READY)  ## every experiment, one after another, in one store; pri
 
 test: $(READY)  ## all tests, with real Ray, DeepSpeed, TRL and W&B
 	$(BIN)/python -m pytest $(SPREAD) tests/unit tests/test_architecture.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile tests/integration
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/integration
 
 unit: $(READY)  ## the tests that start no Ray, in seconds
 	$(BIN)/python -m pytest $(SPREAD) tests/unit tests/test_architecture.py

@@ -17,6 +17,17 @@ from tunery.spec import Compute
 # Two pytest processes share the cores (Makefile), each with several processes: more threads would wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+LONGEST = ("search", "population", "schedulers", "resume", "ppo", "scoring_faults", "submit")
+"""Modules of tests that take longest. They start first, so that no process runs one alone at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def order(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=order)
+
 
 @pytest.fixture(scope="session")
 def complete_run(tmp_path_factory: pytest.TempPathFactory) -> Workspace:

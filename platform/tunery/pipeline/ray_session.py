@@ -192,8 +192,8 @@ def _worker_environment() -> dict[str, str]:
 
 
 def _has_dashboard() -> bool:
-    """Whether the dashboard is installed. Its State API frees the resources of stopped trials with several workers (Ray
-    2.60). Nothing else needs it, and it costs 1.5 s and a dozen processes."""
+    """Whether the dashboard is installed. Ray Train (2.60) needs its State API to free the workers of a trial whose
+    process died. Nothing else needs it, and it costs 1.5 s and a dozen processes."""
     import importlib.util
 
     return importlib.util.find_spec("aiohttp_cors") is not None

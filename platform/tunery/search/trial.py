@@ -28,8 +28,10 @@ from tunery.search.steering import SearchControl
 from tunery.spec import Experiment
 from tunery.store import Artifact, Launcher
 from tunery.training.launch import InProcessLauncher, PackLauncher, WorkersLauncher
-from tunery.workers.worker_group import CurrentWorkerGroup
+from tunery.workers.worker_group import CLOSE_SECONDS, CurrentWorkerGroup
 
+CLEANUP_SECONDS = 2 * CLOSE_SECONDS
+"""How long a stopped trial has to close its workers."""
 FINISHED = "finished"
 """Key in the final report of a trial that was not stopped."""
 
@@ -76,6 +78,8 @@ class TrialFunction:
                 return PackLauncher(self.pack_scheduler, **fields)
             return InProcessLauncher(**fields) if compute.workers == 1 else WorkersLauncher(workers, compute, **fields)
 
+        if compute.workers != 1:
+            _wait_for_this_thread_at_cleanup()
         was_cached = curve is not None and self._is_cached(trial_spec, curve)
         try:
             artifacts = execute(trial_spec, self.run_context, log, launcher, TrialContext(identifier))
@@ -122,6 +126,18 @@ class TrialFunction:
     def _is_cached(self, experiment: Experiment, stage: str) -> bool:
         cache_key = fingerprints(experiment, self.run_context.folder)[stage]
         return self.run_context.store.find(experiment.stages[stage].kind, cache_key) is not None
+
+
+def _wait_for_this_thread_at_cleanup() -> None:
+    """Make Tune wait until this thread has closed its workers, if a scheduler stops the trial. Otherwise
+    `FunctionTrainable.cleanup` (Ray 2.60) waits 0 s for the thread and ends the process, and the resources of the
+    workers stay reserved."""
+    from ray.train._internal.session import get_session
+
+    session = get_session()
+    assert session is not None, "called by Tune"
+    finish = session.finish
+    session.finish = lambda timeout=None: finish(timeout=CLEANUP_SECONDS if timeout == 0 else timeout)
 
 
 def error_file(run_context: RunContext, trial: str) -> Path:
