@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
-from tunery.errors import Interrupted, TuneryError
+from tunery.errors import Interrupted, RequestError, TuneryError
 from tunery.interrupt import STOP, STOP_SIGNALS, has_unfinished_calls
 from tunery.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
+    from tunery.jobs.cluster import JobsApi
     from tunery.spec import Experiment
     from tunery.spec.yaml_source import YamlSource
     from tunery.store import Store
@@ -323,6 +324,141 @@ def export(
 
     exported = export_model(run, out, TheStore(store), stage=stage, trial=trial, adapter=adapter)
     print(json.dumps(exported.as_json(), indent=1) if as_json else render(exported))
+
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        help="Address of the cluster's dashboard, such as http://HOST:8265; when not given, RAY_API_SERVER_ADDRESS or "
+        "this machine.",
+        show_default=False,
+    ),
+]
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Use an address that other machines can reach, without a token.")
+]
+JobName = Annotated[str, typer.Argument(help="Name of the job: see `tunery jobs`.", show_default=False)]
+
+
+@app.command()
+def submit(
+    file: Annotated[
+        Path | None, typer.Argument(help="Experiment file (.yaml); not with --resume.", show_default=False)
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    address: AddressOption = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return when the job has started.")] = False,
+    resume: Annotated[
+        str | None, typer.Option("--resume", metavar="JOB", help="Start an ended job again.", show_default=False)
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME", help="Pass an environment variable to the job. Can be repeated.", show_default=False
+        ),
+    ] = None,
+    insecure: Insecure = False,
+    as_json: Json = False,
+) -> None:
+    """Run an experiment on a Ray cluster: check its nodes, ship the code, start a job and follow its output."""
+    from tunery.jobs.submit import resume as resume_job
+    from tunery.jobs.submit import submit as submit_file
+    from tunery.jobs.views import submission_lines
+
+    api = _jobs_api(address, insecure)
+    if (file is None) == (resume is None):
+        raise RequestError("give an experiment file, or --resume with the name of an ended job")
+    if resume is not None:
+        submission = resume_job(resume, api)
+    else:
+        assert file is not None, "checked above"
+        submission = submit_file(file, store, api, env or (), partial(print, file=sys.stderr, flush=True))
+    if as_json:
+        print(json.dumps(submission.as_json(), indent=1))
+    else:
+        print("\n".join(submission_lines(submission)), flush=True)
+    if not detach and not as_json:
+        _follow(api, submission.job)
+
+
+@app.command()
+def jobs(address: AddressOption = None, insecure: Insecure = False, as_json: Json = False) -> None:
+    """List the jobs of tunery on a Ray cluster."""
+    from rich.console import Console
+
+    from tunery.jobs.views import job_json, jobs_table
+
+    found = [job for job in _jobs_api(address, insecure).jobs() if "tunery" in (job.metadata or {})]
+    if as_json:
+        print(json.dumps([job_json(job) for job in found], indent=1))
+    else:
+        Console(highlight=False).print(jobs_table(found) if found else "no job of tunery on this cluster")
+
+
+@app.command()
+def status(job: JobName, address: AddressOption = None, insecure: Insecure = False, as_json: Json = False) -> None:
+    """Show the status of a job and the last lines of its output."""
+    from tunery.jobs.views import job_json, status_lines
+
+    api = _jobs_api(address, insecure)
+    info = api.info(job)
+    if as_json:
+        print(json.dumps(job_json(info), indent=1))
+    else:
+        print("\n".join(status_lines(info, api.logs(job))))
+
+
+@app.command()
+def logs(
+    job: JobName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new output until the job ends.")] = False,
+    address: AddressOption = None,
+    insecure: Insecure = False,
+) -> None:
+    """Print the output of a job."""
+    api = _jobs_api(address, insecure)
+    if follow:
+        _follow(api, job)
+    else:
+        print(api.logs(job), end="")
+
+
+@app.command()
+def stop(job: JobName, address: AddressOption = None, insecure: Insecure = False) -> None:
+    """Stop a job. Its run saves its state like after Ctrl-C; `tunery submit --resume` continues it."""
+    api = _jobs_api(address, insecure)
+    api.info(job)
+    api.stop(job)
+    print(f"{job} is stopping")
+
+
+def _jobs_api(address: str | None, insecure: bool) -> JobsApi:
+    from tunery.jobs.cluster import JobsApi, jobs_address
+
+    return JobsApi(jobs_address(address, insecure=insecure))
+
+
+def _follow(api: JobsApi, job: str) -> None:
+    """Print the output of a job until it ends; Ctrl-C detaches. Raises TuneryError if the job fails."""
+    from tunery.jobs.submit import follow
+
+    try:
+        for text in follow(job, api):
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        print(
+            f"\ndetached: {job} continues; `tunery logs {job} --follow` follows it, `tunery stop {job}` stops it",
+            flush=True,
+        )
+        return
+    info = api.info(job)
+    if info.status != "SUCCEEDED":
+        raise TuneryError(
+            f"job {job} {info.status.lower()}",
+            cause=info.message or "",
+            remedy=f"`tunery submit --resume {job}` runs it again from its finished stages and last checkpoint",
+        )
 
 
 def main() -> None:
