@@ -10,7 +10,8 @@
 set -euo pipefail
 
 state=${TUNERY_CLUSTER:-$HOME/.cache/tunery-cluster}
-ray=${RAY:-ray}
+ray=$(command -v "${RAY:-ray}")
+PATH=$(dirname "$ray"):$PATH # jobs run the `python` beside it
 seconds=60
 
 usage() {

@@ -6,6 +6,7 @@ The API runs code, so an address that other machines can reach must require a to
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -77,6 +78,8 @@ class JobsApi:
         os.environ[VARIABLE] = address
         self._check_connection()
         from ray.job_submission import JobSubmissionClient
+
+        logging.getLogger("ray").setLevel(logging.WARNING)  # Ray logs each upload to the terminal
 
         self._client = self.call(lambda: JobSubmissionClient(address))
 
