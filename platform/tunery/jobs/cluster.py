@@ -77,9 +77,12 @@ class JobsApi:
         os.environ.pop("RAY_ADDRESS", None)
         os.environ[VARIABLE] = address
         self._check_connection()
+        from ray._private.runtime_env import packaging
+        from ray.dashboard.modules import dashboard_sdk
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray").setLevel(logging.WARNING)  # Ray logs each upload to the terminal
+        for module in (packaging, dashboard_sdk):  # they log each upload to the terminal
+            logging.getLogger(module.__name__).setLevel(logging.WARNING)
 
         self._client = self.call(lambda: JobSubmissionClient(address))
 
