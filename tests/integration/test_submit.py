@@ -1,4 +1,4 @@
-"""`tunery submit` on a cluster of three nodes (cluster/local.sh): jobs are checked, run, listed, stopped and resumed."""
+"""`tunery submit` on a cluster of three nodes (cluster/local.sh): jobs are checked, run, stopped, resumed and listed."""
 
 from __future__ import annotations
 

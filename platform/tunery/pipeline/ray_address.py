@@ -24,7 +24,7 @@ HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0
 """Connection preface of a client with an empty SETTINGS frame (RFC 9113, section 3.4). The head of a Ray cluster speaks
 gRPC, and a gRPC server answers with a SETTINGS frame."""
 SETTINGS_FRAME = 4
-DASHBOARD = "it is the address of the dashboard, which accepts jobs, and job submission is not available yet"
+DASHBOARD = "it is the address of the dashboard, which accepts jobs: `tunery submit FILE --address` uses it"
 SCHEMES = {
     "http": DASHBOARD,
     "https": DASHBOARD,

@@ -34,8 +34,8 @@ def test_head_address_is_accepted(address: str, monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
-        ("http://head:8265", ["job submission is not available yet", "RAY_ADDRESS=head:6379", "as a Ray driver"]),
-        ("https://head:8265/", ["job submission is not available yet", "RAY_ADDRESS=head:6379"]),
+        ("http://head:8265", ["`tunery submit FILE --address` uses it", "RAY_ADDRESS=head:6379", "as a Ray driver"]),
+        ("https://head:8265/", ["`tunery submit FILE --address` uses it", "RAY_ADDRESS=head:6379"]),
         ("ray://head:10001", ["Ray Client", "RAY_ADDRESS=head:6379"]),
         ("tcp://head:6379", ["`tcp://`", "RAY_ADDRESS=head:6379"]),
         ("head", ["it has no port", "RAY_ADDRESS=head:6379"]),
