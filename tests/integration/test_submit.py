@@ -1,10 +1,8 @@
-"""`tunery submit` on a cluster of three nodes (cluster/local.sh): jobs are checked, run, stopped, resumed and listed."""
+"""`tunery submit` on a cluster of three nodes (cluster/local.sh): jobs are checked, run, stopped, resumed, listed."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -60,24 +58,25 @@ def write(bench: Workspace, **stages: dict) -> None:
     bench.file.write_text(yaml.safe_dump(experiment, sort_keys=False))
 
 
-def submitted(done: subprocess.CompletedProcess[str]) -> dict:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return json.loads(done.stdout)
+def run(bench: Workspace, cluster: dict[str, str], *words: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that has no --store."""
+    return subprocess.run(
+        bench.command(*words),
+        env={**ENVIRONMENT, **cluster},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+        cwd=bench.folder,
+    )
 
 
 def checkpoints(bench: Workspace) -> list[Path]:
     return [*bench.store.glob("work/pretrain-*/checkpoints/checkpoint-*/whole")]
 
 
-def status(bench: Workspace, job: str, cluster: dict[str, str]) -> str:
-    done = subprocess.run(
-        bench.command("status", job, "--json"),
-        env={**ENVIRONMENT, **cluster},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return json.loads(done.stdout)["status"] if done.returncode == 0 else done.stderr
+def status(bench: Workspace, cluster: dict[str, str], job: str) -> str:
+    return str(json.loads(run(bench, cluster, "status", job, "--json").stdout)["status"])
 
 
 def test_job_is_stopped_and_resumed_and_ends_on_all_nodes(tmp_path: Path, cluster: dict[str, str]) -> None:
@@ -85,36 +84,33 @@ def test_job_is_stopped_and_resumed_and_ends_on_all_nodes(tmp_path: Path, cluste
     write(bench)
     (tmp_path / "rewards.py").write_text("# shipped\n")
     (tmp_path / "rows.jsonl").write_text('{"text": "not shipped"}\n')
-    first = submitted(bench.tunery("submit", str(bench.file), "--json", **cluster))
-    own = {path for path in first["files"] if not path.startswith("tunery/")}
-    assert own == {"experiment/experiment.yaml", "experiment/rewards.py"}
+    done = bench.tunery("submit", str(bench.file), "--json", **cluster)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first = json.loads(done.stdout)
+    assert {path for path in first["files"] if not path.startswith("tunery/")} == {
+        "experiment/experiment.yaml",
+        "experiment/rewards.py",
+    }
 
     wait_for(lambda: checkpoints(bench), 240)
-    stopped = subprocess.run(
-        bench.command("stop", first["job"]), env={**ENVIRONMENT, **cluster}, capture_output=True, text=True, check=False
-    )
+    stopped = run(bench, cluster, "stop", first["job"])
     assert stopped.returncode == 0, stopped.stderr
-    wait_for(lambda: status(bench, first["job"], cluster) == "stopped", 150)
+    wait_for(lambda: status(bench, cluster, first["job"]) == "stopped", 150)
     assert (bench.run / "report.html").is_file(), "the run saved its state"
     assert checkpoints(bench)
 
-    os.chdir(tmp_path)
     bench.file.unlink()  # the cluster has the package
-    environment = {**ENVIRONMENT, **cluster}
-    resumed = subprocess.run(
-        bench.command("submit", "--resume", first["job"]), env=environment, capture_output=True, text=True, check=False
-    )
+    resumed = run(bench, cluster, "submit", "--resume", first["job"])
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "base: done" in resumed.stdout, "it follows the output of the job"
-    assert json.loads((bench.only("pretrain") / "runtime_stats.json").read_text())["resumed_from"] > 0
-    assert facts(bench.only("pretrain"))["steps"] == 40
-    listed = subprocess.run(
-        bench.command("jobs", "--json"), env=environment, capture_output=True, text=True, check=True
-    )
-    assert [(job["experiment"], job["status"]) for job in json.loads(listed.stdout)] == [
-        ("small", "succeeded"),
-        ("small", "stopped"),
-    ]
+    model = bench.only("pretrain")
+    assert 0 < json.loads((model / "runtime_stats.json").read_text())["resumed_from"] < facts(model)["steps"]
+    listed = json.loads(run(bench, cluster, "jobs", "--json").stdout)
+    assert [(job["experiment"], job["status"]) for job in listed] == [("small", "succeeded"), ("small", "stopped")]
+    assert "base: done" in run(bench, cluster, "logs", listed[0]["job"]).stdout
+    again = run(bench, cluster, "submit", "--resume", "no-such-job")
+    assert again.returncode == 1
+    assert "no-such-job does not exist" in again.stderr
 
 
 def test_experiment_that_can_not_run_there_is_refused_before_a_job_starts(
@@ -160,4 +156,3 @@ def test_ctrl_c_detaches_and_the_job_ends(tmp_path: Path, cluster: dict[str, str
     assert process.returncode == 0, "".join(lines) + rest
     assert "detached" in rest
     wait_for(lambda: bench.artifacts("pretrain"), 240)
-    shutil.rmtree(bench.store / "work", ignore_errors=True)
