@@ -106,5 +106,6 @@ def review_workspace(
     count = sum(1 for _ in read_rows(rows.path, ["id"]))
     facts = {"rows": count, "rows_in": count, "rows_out": count, "scores": {}}
     manifest = {"kind": "score", **asdict(key), "facts": facts}
-    workspace.store.commit(out, manifest, {"seconds": 0.0})
+    with workspace.store.lease("score", key.fingerprint) as lease:
+        workspace.store.commit(out, manifest, {"seconds": 0.0}, lease)
     return workspace

@@ -22,7 +22,7 @@ from tunery.pipeline.validate_models import validate_models_at_start
 from tunery.spec import STAGE_KINDS, Experiment
 from tunery.spec.graph import order
 from tunery.spec.plugins import load_object
-from tunery.store import Artifact, Launcher, StageContext, StageResult
+from tunery.store import Artifact, Launcher, StageContext, StageResult, new_output_dir
 from tunery.training.launch import InProcessLauncher
 
 
@@ -89,16 +89,14 @@ def _run_stage(
 
     emit("stage_started", kind=stage.kind, fingerprint=key.fingerprint, detail="")
     try:
-        with run_context.store.lease(stage.kind, key.fingerprint, wait):
+        with run_context.store.lease(stage.kind, key.fingerprint, wait) as lease:
             artifact = run_context.store.find(stage.kind, key.fingerprint)
             if artifact is not None:  # another run built it while this one waited for the lease
                 _log_finished(log, name + trial.label, artifact, reused=True, seconds=time.time() - started)
                 return artifact
             validate_models_at_start(name, stage, experiment, run_context.folder)
             staging_dir = run_context.store.staging_dir(stage.kind, key.fingerprint)
-            out = staging_dir / "out"
-            shutil.rmtree(out, ignore_errors=True)
-            out.mkdir(parents=True)
+            out = new_output_dir(staging_dir, lease)
             context = StageContext(
                 name=name,
                 trial=trial.id,
@@ -125,6 +123,7 @@ def _run_stage(
                 out,
                 {"kind": stage.kind, **asdict(key), "facts": result.facts},
                 {**result.runtime_stats, "seconds": seconds},
+                lease,
             )
             shutil.rmtree(staging_dir, ignore_errors=True)
     except Stopped:

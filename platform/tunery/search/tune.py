@@ -32,7 +32,7 @@ from tunery.search.warm_start import earlier_trials
 from tunery.spec import Experiment, Search
 from tunery.spec.graph import with_upstream
 from tunery.spec.overrides import with_overrides
-from tunery.store import Artifact, LeaseHeld, fingerprint
+from tunery.store import Artifact, Lease, LeaseHeld, fingerprint, new_output_dir
 
 VERSION = 3
 """Part of the cache key; increased when a change makes a search choose other trials."""
@@ -71,11 +71,13 @@ def run_search(
     cached = artifact = run_context.store.find("search", cache_key)
     if artifact is None:
         assert capacity is not None, "a search that is not in the store needs Ray"
-        with run_context.store.lease("search", cache_key, lambda holder: time.sleep(1)):
+        with run_context.store.lease("search", cache_key, lambda holder: time.sleep(1)) as lease:
             # Another run may have committed the same search while this one waited for the lease.
             cached = artifact = run_context.store.find("search", cache_key)
             if artifact is None:
-                artifact = _run_and_commit(experiment, run_context, log, capacity, max_progress, cache_key, key_inputs)
+                artifact = _run_and_commit(
+                    experiment, run_context, log, capacity, max_progress, cache_key, key_inputs, lease
+                )
     if cached is not None:
         for trial in cached.facts["trials"]:
             log.write("trial_finished", **trial)
@@ -153,6 +155,7 @@ def _run_and_commit(
     max_progress: float,
     cache_key: str,
     key_inputs: dict[str, Any],
+    lease: Lease,
 ) -> Artifact:
     search = experiment.search
     assert search is not None, "checked by run_search"
@@ -172,14 +175,13 @@ def _run_and_commit(
     if facts["best"] is None:
         errors = "\n  ".join(sorted({trial["error"] for trial in facts["trials"] if trial["error"]})[:3])
         raise StageError("search", "no trial finished", cause=errors, remedy="see the logs of the trials in the report")
-    out = staging_dir / "out"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    out = new_output_dir(staging_dir, lease)
     (out / "trials.json").write_text(json.dumps(facts["trials"], indent=1) + "\n")
     artifact = run_context.store.commit(
         out,
         {"kind": "search", "fingerprint": cache_key, **key_inputs, "facts": facts},
         {"seconds": journal.elapsed + time.time() - start_time},
+        lease,
     )
     shutil.rmtree(staging_dir, ignore_errors=True)
     SearchControl(run_context.run).clear()

@@ -17,10 +17,13 @@ from tunery.errors import SpecError
 
 Path = tuple[str | int, ...]
 
+MAX_CHARS = 1_000_000
+MAX_NODES = 100_000
+"""Number of values of a document after aliases are replaced."""
 _NULL = re.compile(r"~|null|Null|NULL|")
 _TRUE = re.compile(r"true|True|TRUE")
 _FALSE = re.compile(r"false|False|FALSE")
-_INT = re.compile(r"[-+]?[0-9]{1,4000}")  # int() of Python rejects strings of more than 4,300 digits
+_INT = re.compile(r"[-+]?[0-9]{1,400}")  # longer ones are strings: Python's int() rejects more than 4,300 digits
 _OCTAL = re.compile(r"0o[0-7]+")
 _HEX = re.compile(r"0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
@@ -45,7 +48,16 @@ class YamlSource:
 
 
 def read_yaml(text: str, file: str) -> YamlSource:
-    """Parse one document. Raises SpecError, with the line, for invalid YAML and duplicate keys."""
+    """Parse one document. Raises SpecError, with the line, for invalid YAML, duplicate keys, and a document that is too
+    large, also by its aliases."""
+    if len(text) > MAX_CHARS:
+        raise SpecError(
+            f"the file has {len(text):,} characters",
+            file=file,
+            line=1,
+            cause=f"at most {MAX_CHARS:,} are read: an experiment has a few thousand",
+            remedy="give the experiment file; rows belong in a data file that a dataset stage reads",
+        )
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
@@ -69,8 +81,28 @@ def read_yaml(text: str, file: str) -> YamlSource:
         remedy = "reduce the nesting; an experiment has few levels"
         raise SpecError("the file is nested too deep", file=file, line=1, remedy=remedy) from None
     lines: dict[Path, int] = {}
+    if node is not None and (size := _size(node, {})) > MAX_NODES:
+        raise SpecError(
+            f"the file has {size:,} values" if size < 1e12 else "the file has more than 10^12 values",
+            file=file,
+            line=1,
+            cause=f"aliases (`*name`) repeat what they refer to; at most {MAX_NODES:,} values are read",
+            remedy="remove aliases to lists of aliases",
+        )
     data = None if node is None else _build(node, (), lines, file, ())
     return YamlSource(file=file, text=text, data=data, lines=lines)
+
+
+def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
+    """Return the number of values below a node, with those that its aliases repeat. `sizes`: results by node id; a node
+    that contains itself counts once, and `_build` rejects it."""
+    if id(node) not in sizes:
+        sizes[id(node)] = 1
+        if isinstance(node, yaml.SequenceNode):
+            sizes[id(node)] = 1 + sum(_size(item, sizes) for item in node.value)
+        elif isinstance(node, yaml.MappingNode):
+            sizes[id(node)] = 1 + sum(_size(key, sizes) + _size(value, sizes) for key, value in node.value)
+    return sizes[id(node)]
 
 
 def _build(node: yaml.Node, path: Path, lines: dict[Path, int], file: str, within: tuple[yaml.Node, ...]) -> Any:

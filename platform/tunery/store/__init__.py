@@ -1,9 +1,9 @@
 """The content-addressed store: fingerprints, artifacts with manifests, atomic commits, leases."""
 
-from tunery.store.artifacts import DEFAULT_STORE, Artifact, Store
+from tunery.store.artifacts import DEFAULT_STORE, Artifact, Store, new_output_dir
 from tunery.store.context import Launcher, StageContext, StageResult
 from tunery.store.fingerprint import fingerprint
-from tunery.store.lease import Lease, LeaseHeld, active_owner
+from tunery.store.lease import Lease, LeaseHeld, LeaseLost, active_owner
 
 __all__ = [
     "DEFAULT_STORE",
@@ -11,9 +11,11 @@ __all__ = [
     "Launcher",
     "Lease",
     "LeaseHeld",
+    "LeaseLost",
     "StageContext",
     "StageResult",
     "Store",
-    "fingerprint",
     "active_owner",
+    "fingerprint",
+    "new_output_dir",
 ]

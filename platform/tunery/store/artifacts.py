@@ -1,8 +1,8 @@
 """Artifacts: immutable directories, named by the kind and the fingerprint of their stage.
 
     <store>/artifacts/<kind>-<fingerprint>/    manifest.json, runtime_stats.json and the output of the stage
-    <store>/work/<kind>-<fingerprint>/         staging directory of a running stage: out/ (renamed at the end),
-                                               checkpoints/
+    <store>/work/<kind>-<fingerprint>/         staging directory of a running stage: out-<owner>/ (renamed at the
+                                               end), checkpoints/
     <store>/leases/<kind>-<fingerprint>        owner of the running stage
     <store>/runs/<run>/                        event log, report, logs and W&B files of a run
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import RequestError, StoreError
-from tunery.store.lease import Lease
+from tunery.store.lease import Lease, LeaseLost
 
 DEFAULT_STORE = Path(".tunery")
 """Default store, relative to the working directory."""
@@ -51,10 +52,19 @@ class Store:
     """Content-addressed store of artifacts, leases, score caches and runs."""
 
     def __init__(self, root: Path) -> None:
+        # Path removes a slash of s3://bucket.
+        self.given = re.sub(r"^(\w[\w+.-]*):/(?=[^/])", r"\1://", str(root))
         self.root = root.absolute()
 
     def check_writable(self) -> None:
         """Raise StoreError if `root` is not writable. Creates nothing: checks the nearest existing directory."""
+        if "://" in str(self.given):
+            raise StoreError(
+                f"the store can't be {self.given}",
+                cause="leases and renames need a file system, which an object store is not",
+                remedy="give a folder with --store, on a cluster one on shared storage such as NFS or Lustre; only datasets "
+                "are read from s3:// and gs://",
+            )
         folder = self.root
         while not os.path.exists(folder):  # unlike Path.exists, False without permission
             folder = folder.parent
@@ -75,7 +85,7 @@ class Store:
         return read_artifact(self.root / "artifacts" / f"{kind}-{fingerprint}")
 
     def staging_dir(self, kind: str, fingerprint: str) -> Path:
-        """Directory that the artifact is built in. It may have files of an earlier attempt."""
+        """Directory that the artifact is built in (`new_output_dir`). It may have checkpoints of an earlier attempt."""
         return self.root / "work" / f"{kind}-{fingerprint}"
 
     def lease(self, kind: str, fingerprint: str, wait: Callable[[str], None] | None = None) -> Lease:
@@ -100,24 +110,43 @@ class Store:
             f"there is no run `{run}` in {self.root}", remedy=f"known runs: {', '.join(known) or 'none'}"
         )
 
-    def commit(self, folder: Path, manifest: dict[str, Any], runtime_stats: dict[str, Any]) -> Artifact:
-        """Rename `folder` into place with its manifest. The lease must be held."""
+    def commit(self, folder: Path, manifest: dict[str, Any], runtime_stats: dict[str, Any], lease: Lease) -> Artifact:
+        """Rename `folder` into place with its manifest. `lease`: the lease of the artifact.
+
+        If another process has taken over the lease and committed the artifact, return that one. Raises LeaseLost if it
+        has not committed yet.
+        """
         final = self.root / "artifacts" / f"{manifest['kind']}-{manifest['fingerprint']}"
         final.parent.mkdir(parents=True, exist_ok=True)
         _write_json(folder / "runtime_stats.json", runtime_stats)
         _write_json(folder / "manifest.json", manifest)
         _sync_tree(folder)
-        # A process that considered this lease expired may have committed the same result.
-        if (existing := read_artifact(final)) is not None:
-            shutil.rmtree(folder)
+        try:
+            with lease.fenced():
+                if (existing := read_artifact(final)) is None:
+                    if final.exists():  # without a manifest: partially deleted
+                        shutil.rmtree(final)
+                    folder.rename(final)
+                    _sync(final.parent)
+        except LeaseLost:
+            if (existing := read_artifact(final)) is None:
+                raise
+        if existing is not None:
+            shutil.rmtree(folder, ignore_errors=True)
             return existing
-        if final.exists():  # without a manifest: partially deleted
-            shutil.rmtree(final)
-        folder.rename(final)
-        _sync(final.parent)
         artifact = read_artifact(final)
         assert artifact is not None, "just committed"
         return artifact
+
+
+def new_output_dir(staging_dir: Path, lease: Lease) -> Path:
+    """Return a new directory in `staging_dir` that only the owner of `lease` writes to, and remove those of former
+    owners: one that still runs can't mix its files with ours."""
+    for former in staging_dir.glob("out-*"):
+        shutil.rmtree(former, ignore_errors=True)
+    out = staging_dir / f"out-{lease.token}"
+    out.mkdir(parents=True)
+    return out
 
 
 def input_of(artifact: Artifact, field: str) -> Artifact:

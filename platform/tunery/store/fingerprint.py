@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from functools import cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,14 @@ def fingerprint(kind: str, identity: Mapping[str, Any], inputs: Mapping[str, str
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file, read in chunks of 1 MiB."""
+    """Return the SHA-256 of a file. It takes about one second per GB, so the result is cached in the process until the
+    file's size, modification time or inode changes."""
+    stat = path.stat()
+    return _file_digest(path.absolute(), (stat.st_size, stat.st_mtime_ns, stat.st_ino))
+
+
+@lru_cache(maxsize=4096)
+def _file_digest(path: Path, version: tuple[int, int, int]) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -32,18 +39,8 @@ def file_digest(path: Path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Return the SHA-256 over the names and contents of all files below `folder`.
-
-    Takes about one second per GB, so the result is cached in the process until the size or time of a file changes.
-    """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    stats = [path.stat() for path in files]
-    return _digest(folder, tuple(zip(files, ((s.st_size, s.st_mtime_ns, s.st_ino) for s in stats), strict=True)))
-
-
-@cache
-def _digest(folder: Path, files: tuple[tuple[Path, tuple[int, int, int]], ...]) -> str:
+    """Return the SHA-256 over the names and contents of all files below `folder`."""
     digest = hashlib.sha256()
-    for path, _ in files:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         digest.update(f"{path.relative_to(folder)}\0{file_digest(path)}\n".encode())
     return digest.hexdigest()

@@ -1,8 +1,13 @@
 """Lease: exclusive right to build an artifact. A file with a heartbeat, taken over when its owner is dead.
 
 A thread of the owner touches the file every `HEARTBEAT` seconds. An owner on this host is dead when its process does
-not exist (a stopped process is alive, however old its heartbeat), an owner on another host when the file has not been
-touched for `EXPIRY` seconds. Check and takeover happen under a file lock, so only one process can take over a lease.
+not exist (a stopped process is alive, however old its heartbeat). An owner on another host is dead when this process
+has seen no heartbeat for `EXPIRY` seconds of its own monotonic clock: the clocks of hosts differ, so a heartbeat is a
+changed modification time, not a recent one. Check and takeover happen under a file lock, so only one process can take
+over a lease.
+
+A paused machine or an outage of the storage may last longer than that. The former owner then still runs, so results are
+committed within `fenced()`, which raises LeaseLost if another process has taken over.
 
 filelock's SoftFileLease (4.2) expires by age on this host too: it is taken over from a stopped process, and from a
 killed process that is not yet reaped only after its duration.
@@ -16,19 +21,24 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from filelock import FileLock
 
+from tunery.errors import TuneryError
 from tunery.interrupt import STOP
 
 HEARTBEAT = 5.0
 """Seconds."""
 EXPIRY = 60.0
-"""Seconds."""
+"""Seconds without a heartbeat after which an owner on another host is dead."""
+POLL_SECONDS = 1.0
+"""Interval of attempts to acquire a lease."""
 
 
 class LeaseHeld(Exception):
@@ -39,9 +49,20 @@ class LeaseHeld(Exception):
         self.holder = holder
 
 
+class LeaseLost(TuneryError):
+    """Another process has taken over the lease of this one."""
+
+    def __init__(self, name: str, holder: str) -> None:
+        super().__init__(
+            f"another process has taken over {name}: {holder}",
+            cause=f"this process sent no heartbeat for {EXPIRY:.0f} s: it was paused, or could not reach the store",
+            remedy="run the same command again: it uses what the other process has built",
+        )
+
+
 class Lease:
     """Context manager that holds the lease. Entering it raises LeaseHeld if another live process holds the lease, or
-    waits if `wait` is given.
+    waits if `wait` is given. Whether an owner on another host is alive may take EXPIRY seconds to find out.
 
     `wait` is called about once per second with a description of the owner; it may raise to give up.
     """
@@ -49,18 +70,22 @@ class Lease:
     def __init__(self, path: Path, wait: Callable[[str], None] | None = None) -> None:
         self.path = path
         self._wait = wait
-        self._token = uuid.uuid4().hex
+        self.token = uuid.uuid4().hex
+        """Unique to this object; part of the names of files that only this owner writes."""
+        self._heartbeat_seen: tuple[Any, float] = (None, 0.0)
+        """Last heartbeat of another owner, and the monotonic time at which it was first seen."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Lease:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         while (holder := self._acquire()) is not None:
-            if self._wait is None:
-                raise LeaseHeld(holder)
             STOP.check()
-            self._wait(holder)
-            time.sleep(1.0)
+            if self._wait is not None:
+                self._wait(holder)
+            elif not self._may_be_dead():
+                raise LeaseHeld(holder)
+            time.sleep(POLL_SECONDS)
         self._thread = threading.Thread(target=self._send_heartbeats, name=f"lease {self.path.name}", daemon=True)
         self._thread.start()
         return self
@@ -74,27 +99,53 @@ class Lease:
         if self._is_owner():
             self.path.unlink(missing_ok=True)
 
+    @contextmanager
+    def fenced(self) -> Iterator[None]:
+        """Keep other processes from taking over the lease inside the context. Raises LeaseLost if one has."""
+        with self._lock():
+            if not self._is_owner():
+                owner = _read_owner(self.path)
+                raise LeaseLost(self.path.name, _describe(owner) if owner else "its lease no longer exists")
+            yield
+
+    def _lock(self) -> FileLock:
+        return FileLock(self.path.with_name(self.path.name + ".lock"))
+
     def _acquire(self) -> str | None:
-        """Try to acquire the lease. Returns None, or a description of its live owner."""
-        with FileLock(self.path.with_name(self.path.name + ".lock")):
-            if self.path.exists() and (holder := active_owner(self.path)) is not None:
-                return holder
+        """Try to acquire the lease. Returns None, or a description of its owner, which may be alive."""
+        with self._lock():
+            if (other := _read_owner(self.path)) is not None and self._is_alive(other):
+                return _describe(other)
             owner = {
-                "token": self._token,
+                "token": self.token,
                 "host": _host(),
                 "pid": os.getpid(),
                 "start": _process_start(os.getpid()),
             }
-            temporary = self.path.with_name(f"{self.path.name}.{self._token}")
+            temporary = self.path.with_name(f"{self.path.name}.{self.token}")
             temporary.write_text(json.dumps(owner))
             temporary.replace(self.path)
             return None
 
+    def _is_alive(self, owner: dict[str, Any]) -> bool:
+        """Whether the owner is alive, as far as this process knows: another host's counts as alive until it has sent no
+        heartbeat for EXPIRY seconds."""
+        if owner["host"] == _host():
+            return bool(_process_start(owner["pid"]) == owner["start"])
+        heartbeat = (owner["token"], owner["modified_ns"])
+        if heartbeat != self._heartbeat_seen[0]:
+            self._heartbeat_seen = (heartbeat, time.monotonic())
+        return time.monotonic() - self._heartbeat_seen[1] < EXPIRY
+
+    def _may_be_dead(self) -> bool:
+        """Whether to wait for a heartbeat of the owner: it is on another host, and by this host's clock the last one is
+        old, or in the future."""
+        owner = _read_owner(self.path)
+        return owner is None or (owner["host"] != _host() and not 0 <= _age(owner) < EXPIRY)
+
     def _is_owner(self) -> bool:
-        try:
-            return bool(json.loads(self.path.read_text()).get("token") == self._token)
-        except (OSError, ValueError):
-            return False
+        owner = _read_owner(self.path)
+        return owner is not None and owner["token"] == self.token
 
     def _send_heartbeats(self) -> None:
         while not self._stop.wait(HEARTBEAT):
@@ -104,22 +155,49 @@ class Lease:
 
 
 def active_owner(path: Path) -> str | None:
-    """Return a description of the live owner of the lease at `path`; None if there is none."""
+    """Return a description of the owner of the lease at `path`; None if there is none, or it seems dead.
+
+    For messages only: an owner on another host is judged by this host's clock.
+    """
+    owner = _read_owner(path)
+    if owner is None:
+        return None
+    if owner["host"] == _host():
+        alive = _process_start(owner["pid"]) == owner["start"]
+    else:
+        alive = _age(owner) <= EXPIRY
+    return _describe(owner) if alive else None
+
+
+def _read_owner(path: Path) -> dict[str, Any] | None:
+    """Return the owner of a lease, with the modification time of the file; None if there is no complete one."""
     try:
         owner = json.loads(path.read_text())
-        age = time.time() - path.stat().st_mtime
-    except (OSError, ValueError):
+        return {
+            **{key: owner[key] for key in ("token", "host", "pid", "start")},
+            "modified_ns": path.stat().st_mtime_ns,
+        }
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    dead = _process_start(owner["pid"]) != owner["start"] if owner["host"] == _host() else age > EXPIRY
-    return None if dead else f"process {owner['pid']} on {owner['host']}"
 
 
+def _describe(owner: dict[str, Any]) -> str:
+    return f"process {owner['pid']} on {owner['host'].split()[0]}"
+
+
+def _age(owner: dict[str, Any]) -> float:
+    return time.time() - float(owner["modified_ns"]) / 1e9
+
+
+@cache
 def _host() -> str:
-    """Return host name and PID namespace: containers may share a host name but not their process ids."""
-    try:
-        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return socket.gethostname()
+    """Return host name, boot id and PID namespace. Hosts may share a name, and containers of a host the boot id too."""
+    parts = [socket.gethostname()]
+    with suppress(OSError):
+        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+    with suppress(OSError):
+        parts.append(os.readlink("/proc/self/ns/pid"))
+    return " ".join(parts)
 
 
 def _process_start(pid: int) -> str:

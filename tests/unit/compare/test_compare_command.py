@@ -84,7 +84,8 @@ class Run:
                 out.mkdir(parents=True)
                 facts = write_output(name, experiment, out)
                 manifest = {"kind": stage.kind, "fingerprint": cache_key, "inputs": {}, "facts": facts}
-                artifact = self.store.commit(out, manifest, {})
+                with self.store.lease(manifest["kind"], manifest["fingerprint"]) as lease:
+                    artifact = self.store.commit(out, manifest, {}, lease)
             values = {
                 "kind": stage.kind,
                 "fingerprint": cache_key,

@@ -105,7 +105,8 @@ class ExportWorkspace:
                 out.mkdir(parents=True)
                 weights(name, artifacts, self.folder, out, seed=len(list(self.store.root.rglob("manifest.json"))))
                 manifest = {"kind": kind, **asdict(key), "facts": facts_of(name, kind)}
-                artifact = self.store.commit(out, manifest, {"workers": 1, "device": "cpu"})
+                with self.store.lease(kind, key.fingerprint) as lease:
+                    artifact = self.store.commit(out, manifest, {"workers": 1, "device": "cpu"}, lease)
             artifacts[name] = artifact
         return artifacts
 
@@ -452,7 +453,8 @@ def test_card_has_win_rates_as_model_and_as_baseline(workspace: ExportWorkspace,
             "identity": identity,
             "inputs": {field: model_fingerprint},
         }
-        workspace.store.commit(out, {**manifest, "facts": facts}, {})
+        with workspace.store.lease(manifest["kind"], manifest["fingerprint"]) as lease:
+            workspace.store.commit(out, {**manifest, "facts": facts}, {}, lease)
     card = (workspace.export(tmp_path / "out", stage="more") / "README.md").read_text()
     assert "| **more** | base | prompts (8) | rate.py | 0.750 | 0.600–0.900 |" in card
     assert "| hub | **more** | prompts (8) | rate.py | 0.750 | 0.600–0.900 |" in card

@@ -650,3 +650,16 @@ def test_digest_of_a_file_is_its_sha256(tmp_path: Path) -> None:
     assert file_digest(tmp_path / "empty") == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
     (tmp_path / "large").write_bytes(b"a" * 1_000_000)
     assert file_digest(tmp_path / "large") == "cdc76e5c9914fb9281a1c7e284d73e67f1809a48a497200e046d39ccc7112cd0"
+
+
+def test_file_is_read_once_until_it_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("one")
+    opened: list[Path] = []
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda self, *args, **named: opened.append(self) or real(self, *args, **named))
+    first = file_digest(path)
+    assert file_digest(path) == first
+    assert opened == [path]
+    path.write_text("two")
+    assert file_digest(path) != first

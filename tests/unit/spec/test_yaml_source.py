@@ -169,3 +169,21 @@ def test_any_text_is_parsed_or_an_error(text: str) -> None:
     except SpecError as error:
         line = error.line
     assert line >= 1
+
+
+def test_aliases_that_repeat_each_other_are_refused_before_they_fill_the_memory() -> None:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]  # 9 ** 9 values
+    with pytest.raises(SpecError, match=r"the file has [\d,]+ values") as refused:
+        read("\n".join(lines))
+    assert "aliases" in refused.value.cause
+
+
+def test_large_file_is_refused() -> None:
+    with pytest.raises(SpecError, match="the file has 1,000,012 characters") as refused:
+        read("key: " + "x" * 1_000_007)
+    assert "data file" in refused.value.remedy
+
+
+def test_alias_of_a_small_value_is_read() -> None:
+    assert read("a: &a {rank: 8}\nb: *a\nc: [*a, *a]").data["c"] == [{"rank": 8}, {"rank": 8}]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from tunery.errors import StoreError
-from tunery.store import Artifact, Lease, LeaseHeld, Store
+from tunery.store import Artifact, Lease, LeaseHeld, LeaseLost, Store, new_output_dir
 from tunery.store import artifacts as artifacts_module
 from tunery.store import lease as lease_module
 from tunery.store.lease import EXPIRY
@@ -30,10 +30,14 @@ def manifest(fingerprint: str = "0123", **facts: Any) -> dict[str, Any]:
 
 
 def commit_artifact(store: Store, fingerprint: str = "0123", content: str = "rows", **facts: Any) -> Artifact:
-    out = store.staging_dir("dataset", fingerprint) / "out"
-    out.mkdir(parents=True)
+    with store.lease("dataset", fingerprint) as lease:
+        return build(store, lease, fingerprint, content, **facts)
+
+
+def build(store: Store, lease: Lease, fingerprint: str = "0123", content: str = "rows", **facts: Any) -> Artifact:
+    out = new_output_dir(store.staging_dir("dataset", fingerprint), lease)
     (out / "rows.txt").write_text(content)
-    return store.commit(out, manifest(fingerprint, **facts), {"seconds": 1.5})
+    return store.commit(out, manifest(fingerprint, **facts), {"seconds": 1.5}, lease)
 
 
 # Artifacts.
@@ -49,7 +53,7 @@ def test_committed_artifact_is_found_with_its_facts_and_runtime_stats(tmp_path: 
     assert (artifact.kind, artifact.fingerprint) == ("dataset", "0123")
     assert artifact.facts == {"rows": 3, "loss": float("inf"), "seconds": 1.5}
     assert (artifact.path / "rows.txt").read_text() == "rows"
-    assert not (store.staging_dir("dataset", "0123") / "out").exists()
+    assert not [*store.staging_dir("dataset", "0123").iterdir()]
 
 
 def test_artifact_is_found_by_kind_and_fingerprint_only(tmp_path: Path) -> None:
@@ -92,11 +96,11 @@ def commit_and_die_at(step: str, root: Path) -> None:
     if step == "rename":
         Path.rename = die
     store = Store(root)
-    with store.lease("dataset", "0123"):
+    with store.lease("dataset", "0123") as lease:
         if step == "rows":
-            (store.staging_dir("dataset", "0123") / "out").mkdir(parents=True)
+            new_output_dir(store.staging_dir("dataset", "0123"), lease)
             die()
-        commit_artifact(store, content="first")
+        build(store, lease, content="first")
 
 
 @pytest.mark.parametrize("step", ["rows", "runtime_stats.json", "manifest.json", "sync", "rename"])
@@ -109,9 +113,9 @@ def test_process_killed_while_committing_leaves_no_artifact_and_the_next_one_bui
     assert child.exitcode == -signal.SIGKILL
     store = Store(tmp_path)
     assert store.find("dataset", "0123") is None
-    with store.lease("dataset", "0123"):  # not held any more: its owner is dead
-        shutil.rmtree(store.staging_dir("dataset", "0123"))
-        commit_artifact(store, content="second")
+    with store.lease("dataset", "0123") as lease:  # not held any more: its owner is dead
+        build(store, lease, content="second")
+    assert not [*store.staging_dir("dataset", "0123").iterdir()], "the output of the dead owner was removed"
     artifact = store.find("dataset", "0123")
     assert artifact is not None
     assert (artifact.path / "rows.txt").read_text() == "second"
@@ -139,6 +143,31 @@ def test_concurrent_reader_finds_only_complete_artifacts(tmp_path: Path) -> None
     thread.join()
     assert complete
     assert all(complete)
+
+
+def test_owner_that_has_lost_its_lease_does_not_commit_or_mix_its_files_with_those_of_the_new_one(
+    tmp_path: Path,
+) -> None:
+    store = Store(tmp_path)
+    with store.lease("dataset", "0123") as former:
+        former_out = new_output_dir(store.staging_dir("dataset", "0123"), former)
+        write_lease(former.path, 0, host="elsewhere")  # taken over while this process was paused
+        new = Lease(former.path)
+        new.token = "t"  # the owner of the lease that was written above
+        new_out = new_output_dir(store.staging_dir("dataset", "0123"), new)
+        (new_out / "rows.txt").write_text("new")
+        former_out.mkdir(parents=True, exist_ok=True)
+        (former_out / "rows.txt").write_text("former")
+        with pytest.raises(LeaseLost, match="another process has taken over dataset-0123: process") as lost:
+            store.commit(former_out, manifest(), {}, former)
+        assert "run the same command again" in lost.value.remedy
+        assert store.find("dataset", "0123") is None
+        committed = store.commit(new_out, manifest(), {}, new)
+        assert (committed.path / "rows.txt").read_text() == "new"
+        former_out.mkdir(parents=True, exist_ok=True)
+        late = store.commit(former_out, manifest(), {}, former)
+        assert late.path == committed.path, "the result of the new owner is used"
+        assert (late.path / "rows.txt").read_text() == "new"
 
 
 # Check that the store is writable.
@@ -195,6 +224,13 @@ def test_store_in_a_folder_without_permission_is_rejected(mode: int) -> None:
         closed.chmod(0o755)
     assert "can't be written" in message
     assert f"no permission to write in {closed}" in message
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/store", "gs://bucket", "hdfs://name/store"])
+def test_object_store_is_rejected_with_what_to_give_instead(url: str) -> None:
+    with pytest.raises(StoreError, match=f"the store can't be {url}") as rejected:
+        Store(Path(url)).check_writable()
+    assert "shared storage" in rejected.value.remedy
 
 
 # Leases.
@@ -256,7 +292,7 @@ def test_lease_is_released_after_use_and_after_an_error(tmp_path: Path) -> None:
 def test_lease_of_a_live_process_is_held_and_names_it(holder: int, tmp_path: Path) -> None:
     with pytest.raises(LeaseHeld) as caught, Lease(tmp_path / "lease"):
         pass
-    assert caught.value.holder == f"process {holder} on {lease_module._host()}"
+    assert caught.value.holder == f"process {holder} on {socket.gethostname()}"
 
 
 def test_second_holder_waits_until_the_first_releases_the_lease(
@@ -308,12 +344,53 @@ def test_reused_process_id_is_not_taken_for_the_former_owner(tmp_path: Path) -> 
         pass
 
 
-def test_heartbeat_of_another_host_counts_until_it_expires(tmp_path: Path) -> None:
+def test_recent_heartbeat_of_another_host_holds_the_lease(tmp_path: Path) -> None:
     write_lease(tmp_path / "lease", EXPIRY - 10)
     with pytest.raises(LeaseHeld, match="on elsewhere"), Lease(tmp_path / "lease"):
         pass
-    write_lease(tmp_path / "lease", EXPIRY + 10)
+
+
+@pytest.fixture
+def short_expiry(monkeypatch: pytest.MonkeyPatch) -> float:
+    """Seconds after which an owner on another host is dead, in this test."""
+    monkeypatch.setattr(lease_module, "EXPIRY", 0.5)
+    monkeypatch.setattr(lease_module, "POLL_SECONDS", 0.01)
+    return 0.5
+
+
+@pytest.mark.parametrize("age", [3600.0, 1.0, -3600.0], ids=["clock behind", "equal clocks", "clock ahead"])
+def test_lease_of_another_host_is_taken_over_without_heartbeats_for_the_expiry_whatever_its_clock_says(
+    age: float, tmp_path: Path, short_expiry: float
+) -> None:
+    write_lease(tmp_path / "lease", age)
+    start = time.monotonic()
     with Lease(tmp_path / "lease"):
+        assert time.monotonic() - start >= short_expiry
+
+
+@pytest.mark.parametrize("skew", [-3600.0, 3600.0])
+def test_heartbeats_of_another_host_count_whatever_its_clock_says(
+    skew: float, tmp_path: Path, short_expiry: float
+) -> None:
+    beats: list[float] = []
+
+    def wait(owner: str) -> None:
+        beats.append(time.monotonic())
+        if beats[-1] - beats[0] > 4 * short_expiry:
+            raise TimeoutError
+        os.utime(tmp_path / "lease", (time.time() + skew + len(beats),) * 2)  # a heartbeat of the other host
+
+    write_lease(tmp_path / "lease", -skew)
+    with pytest.raises(TimeoutError), Lease(tmp_path / "lease", wait):
+        pass
+
+
+def test_host_of_the_same_name_is_another_host(tmp_path: Path) -> None:
+    name, boot, *rest = lease_module._host().split()
+    assert len(boot) == 36
+    other = " ".join([name, "0" * 36, *rest])
+    write_lease(tmp_path / "lease", 0, host=other, pid=2**22 + 1, start="1")  # this host has no such process
+    with pytest.raises(LeaseHeld, match=f"process {2**22 + 1} on {name}"), Lease(tmp_path / "lease"):
         pass
 
 
@@ -351,14 +428,16 @@ def _compete(path: Path, start: Any, done: Any, results: Any) -> None:
 
 
 @pytest.mark.parametrize("lease", ["of a dead process", "absent", "expired"])
-def test_exactly_one_of_several_concurrent_processes_gets_the_lease(lease: str, tmp_path: Path) -> None:
+def test_exactly_one_of_several_concurrent_processes_gets_the_lease(
+    lease: str, tmp_path: Path, short_expiry: float
+) -> None:
     num_processes = 4
     for number in range(4):
         path = tmp_path / f"lease{number}"
         if lease == "of a dead process":
             write_lease(path, 0, host=lease_module._host(), pid=os.getpid(), start="1")
         elif lease == "expired":
-            write_lease(path, EXPIRY + 1)
+            write_lease(path, 3600)
         start, done, results = FORK.Barrier(num_processes), FORK.Event(), FORK.Queue()
         processes = [FORK.Process(target=_compete, args=(path, start, done, results)) for _ in range(num_processes)]
         for process in processes:
