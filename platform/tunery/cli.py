@@ -20,6 +20,7 @@ from tunery.store import DEFAULT_STORE
 
 if TYPE_CHECKING:
     from tunery.jobs.cluster import JobsApi
+    from tunery.pipeline.compute import Hardware
     from tunery.spec import Experiment
     from tunery.spec.yaml_source import YamlSource
     from tunery.store import Store
@@ -31,26 +32,45 @@ File = Annotated[Path, typer.Argument(help="Experiment file (.yaml).", show_defa
 StoreOption = Annotated[
     Path, typer.Option("--store", envvar="TUNERY_STORE", help="Folder of artifacts, runs and reports.")
 ]
+HardwareOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="HARDWARE",
+        help="Hardware other than this machine: 4x8xH100-80GB (nodes x GPUs x type) or 4x16cpu (nodes x CPUs).",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def _load_and_validate(file: Path, store: Path) -> tuple[Experiment, YamlSource, Store]:
+def _load_and_validate(
+    file: Path, store: Path, hardware: Hardware | None = None
+) -> tuple[Experiment, YamlSource, Store]:
     from tunery.run import validate_experiment
     from tunery.spec import load
     from tunery.store import Store as TheStore
 
     experiment, source = load(file)
     the_store = TheStore(store)
-    return validate_experiment(experiment, source, the_store), source, the_store
+    return validate_experiment(experiment, source, the_store, hardware), source, the_store
+
+
+def _hardware(text: str | None) -> Hardware | None:
+    from tunery.pipeline.compute import parse_hardware
+
+    return None if text is None else parse_hardware(text)
 
 
 @app.command()
-def validate(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
+def validate(
+    file: File, store: StoreOption = DEFAULT_STORE, hardware: HardwareOption = None, as_json: Json = False
+) -> None:
     """Validate an experiment: syntax, files, models and search space. Does not start or write anything."""
     from tunery.pipeline.validate import notes
     from tunery.pipeline.validate_templates import template_notes
 
-    experiment, source, _ = _load_and_validate(file, store)
+    experiment, source, _ = _load_and_validate(file, store, _hardware(hardware))
     messages = notes(experiment, source)
     messages += [f"`{stage}`: {note}" for stage, note in template_notes(experiment, file.parent).items()]
     if as_json:
@@ -64,15 +84,18 @@ def validate(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = Fal
 
 
 @app.command()
-def plan(file: File, store: StoreOption = DEFAULT_STORE, as_json: Json = False) -> None:
+def plan(
+    file: File, store: StoreOption = DEFAULT_STORE, hardware: HardwareOption = None, as_json: Json = False
+) -> None:
     """Show the plan of a run: stages, reused artifacts, reasons for rebuilding, rows, steps, memory, time."""
     from rich.console import Console
 
     from tunery.pipeline.plan import render_plan
     from tunery.run import plan_experiment
 
-    experiment, source, the_store = _load_and_validate(file, store)
-    planned = plan_experiment(experiment, source, the_store)
+    described = _hardware(hardware)
+    experiment, source, the_store = _load_and_validate(file, store, described)
+    planned = plan_experiment(experiment, source, the_store, described)
     if as_json:
         print(json.dumps(planned.as_json(), indent=1))
     else:

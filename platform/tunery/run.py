@@ -16,7 +16,7 @@ from tunery.events.event_log import EventLog, read_events
 from tunery.events.overhead import overhead
 from tunery.interrupt import STOP
 from tunery.pipeline.cache_keys import fingerprints
-from tunery.pipeline.compute import batch_sizes, concurrent_trials, local_hardware, resolve_compute
+from tunery.pipeline.compute import Hardware, batch_sizes, concurrent_trials, local_hardware, resolve_compute
 from tunery.pipeline.diagnose import RUN, diagnose
 from tunery.pipeline.execute import TrialContext, execute
 from tunery.pipeline.plan import CHARACTERS_PER_TOKEN, Plan, characters_of, make_plan
@@ -47,33 +47,37 @@ class Outcome:
     search: Artifact | None
 
 
-def validate_experiment(experiment: Experiment, source: YamlSource, store: Store) -> Experiment:
+def validate_experiment(
+    experiment: Experiment, source: YamlSource, store: Store, hardware: Hardware | None = None
+) -> Experiment:
     """Validate everything that can be checked before Ray starts. Returns the experiment with `compute` resolved for
-    this machine.
+    `hardware`, this machine when not given.
 
     Writes nothing. Raises SpecErrors, StoreError or RequestError.
     """
     # The size of a cluster is known only once Ray is connected: the workers are validated again then.
-    if cluster_address() is not None:
+    if hardware is None and cluster_address() is not None:
         auto = experiment.compute
         workers = 1 if auto.workers == "auto" else auto.workers
         per_trial = 1 if auto.workers_per_trial == "auto" else auto.workers_per_trial
         validate(experiment, source, store, workers, per_trial)
         return experiment
-    compute, _ = resolve_compute(experiment.compute, local_hardware(), batch_sizes(experiment))
+    compute, _ = resolve_compute(experiment.compute, hardware or local_hardware(), batch_sizes(experiment))
     assert compute.workers != "auto", "resolved"
     assert compute.workers_per_trial != "auto", "resolved"
     validate(experiment, source, store, compute.workers, compute.workers_per_trial)
     return experiment.model_copy(update={"compute": compute})
 
 
-def plan_experiment(experiment: Experiment, source: YamlSource, store: Store) -> Plan:
-    """Return the plan of a run. Raises RequestError if its workers do not fit on this machine."""
+def plan_experiment(experiment: Experiment, source: YamlSource, store: Store, hardware: Hardware | None = None) -> Plan:
+    """Return the plan of a run on `hardware`, this machine when not given. Raises RequestError if its workers do not
+    fit."""
+    hardware = hardware or local_hardware()
     lines: list[str] = []
     if (search := experiment.search) is not None:
-        compute, _ = resolve_compute(experiment.compute, local_hardware(), batch_sizes(experiment))
+        compute, _ = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
         resolved = experiment.model_copy(update={"compute": compute})
-        workers, reason = concurrent_trials(compute, local_hardware())
+        workers, reason = concurrent_trials(compute, hardware)
         planned = plan_search(resolved, store, Path(source.file).parent, workers, reason)
         by = f", {search.scheduler} by {'evaluations' if search.scheduler == 'pbt' else search.progress_unit}"
         scheduler = by if search.scheduler != "none" else ""
@@ -83,7 +87,7 @@ def plan_experiment(experiment: Experiment, source: YamlSource, store: Store) ->
         if search.num_seeds > 1:
             seeds = search.num_seeds - 1
             lines.append(f"then the best {min(search.replicate_top_k, planned.trials)} with {seeds} more seeds each")
-    return make_plan(experiment, source, store, lines)
+    return make_plan(experiment, source, store, lines, hardware)
 
 
 def run_experiment(experiment: Experiment, source: YamlSource, store: Store, session: RaySession) -> Outcome:

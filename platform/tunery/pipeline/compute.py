@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,28 @@ class Hardware:
     cpus: int
     gpus: int
     host: str
+    gpu_gb: float | None = None
+    """Memory of a GPU in GB, if it is known."""
+
+
+CPUS_PER_GPU = 8
+"""Assumed for hardware that is described by its GPUs only."""
+
+
+def parse_hardware(text: str) -> Hardware:
+    """Return the hardware of `4x8xH100-80GB` (nodes x GPUs x type and memory of a GPU), `8xH100-80GB` (one node) or
+    `4x16cpu` (nodes x CPUs). Raises RequestError for other texts."""
+    gpu = re.fullmatch(r"(?:(\d+)x)?(\d+)x([A-Za-z]\w*)-(\d+)GB", text)
+    cpu = re.fullmatch(r"(?:(\d+)x)?(\d+)cpu", text)
+    if (match := gpu or cpu) is None or "0" in (match[1], match[2]):
+        raise RequestError(
+            f"`{text}` does not describe hardware",
+            remedy="write nodes x GPUs x type, such as 4x8xH100-80GB or 1xA100-40GB, or nodes x CPUs, such as 4x16cpu",
+        )
+    nodes, count = int(match[1] or 1), int(match[2])
+    if gpu is None:
+        return Hardware(nodes * count, 0, text)
+    return Hardware(nodes * count * CPUS_PER_GPU, nodes * count, text, float(match[4]))
 
 
 def local_hardware() -> Hardware:

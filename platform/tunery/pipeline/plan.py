@@ -22,7 +22,7 @@ from tunery.models.model_folder import count_parameters
 from tunery.models.row_encodings import row_encoding_of
 from tunery.models.scratch import SHAPES
 from tunery.pipeline.cache_keys import CacheKey, cache_keys, difference, model_folder
-from tunery.pipeline.compute import batch_sizes, local_hardware, resolve_compute
+from tunery.pipeline.compute import Hardware, batch_sizes, local_hardware, resolve_compute
 from tunery.pipeline.validate import notes
 from tunery.pipeline.validate_templates import template_notes
 from tunery.spec import (
@@ -85,11 +85,17 @@ class Plan:
         return asdict(self)
 
 
-def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: Sequence[str] = ()) -> Plan:
-    """Return the plan. `search` are the lines of the search plan. Raises RequestError if the workers do not fit on this
-    machine."""
+def make_plan(
+    experiment: Experiment,
+    source: YamlSource,
+    store: Store,
+    search: Sequence[str] = (),
+    hardware: Hardware | None = None,
+) -> Plan:
+    """Return the plan for `hardware`, this machine when not given. `search` are the lines of the search plan. Raises
+    RequestError if the workers do not fit."""
     folder = Path(source.file).parent
-    hardware = local_hardware()
+    hardware = hardware or local_hardware()
     compute, rules = resolve_compute(experiment.compute, hardware, batch_sizes(experiment))
     keys = cache_keys(experiment, folder)
     before = _last_run(store, experiment.name)
@@ -111,7 +117,21 @@ def make_plan(experiment: Experiment, source: YamlSource, store: Store, search: 
         if isinstance(stage, Training) and stage.plan_note
     ]
     plan_notes += notes(experiment, source)
+    plan_notes += _memory_notes(stages, hardware)
     return Plan(experiment.name, str(store.root), stages, list(search), compute_fields, rules, plan_notes)
+
+
+def _memory_notes(stages: Sequence[PlannedStage], hardware: Hardware) -> list[str]:
+    """Return a note for each training whose states do not fit on a GPU of known memory."""
+    if hardware.gpu_gb is None:
+        return []
+    return [
+        f"`{stage.name}` needs {_bytes(stage.memory_bytes)} per GPU for weights, gradients and optimizer states, and "
+        f"memory for activations; a GPU has {hardware.gpu_gb:g} GB: use more workers with `zero_stage: 3`, `offload`, "
+        "or LoRA"
+        for stage in stages
+        if stage.memory_bytes is not None and stage.memory_bytes > hardware.gpu_gb * 1e9
+    ]
 
 
 def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:

@@ -62,8 +62,8 @@ class Store:
             raise StoreError(
                 f"the store can't be {self.given}",
                 cause="leases and renames need a file system, which an object store is not",
-                remedy="give a folder with --store, on a cluster one on shared storage such as NFS or Lustre; only datasets "
-                "are read from s3:// and gs://",
+                remedy="give a folder with --store, on a cluster one on shared storage such as NFS or Lustre; only "
+                "datasets are read from s3:// and gs://",
             )
         folder = self.root
         while not os.path.exists(folder):  # unlike Path.exists, False without permission

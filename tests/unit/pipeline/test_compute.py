@@ -13,7 +13,15 @@ from experiment_text import LoadText
 from tokenizers import Tokenizer, models
 
 from tunery.errors import RequestError, SpecErrors, StoreError
-from tunery.pipeline.compute import Hardware, concurrent_trials, local_hardware, resolve_compute, visible_gpus
+from tunery.pipeline.compute import (
+    Hardware,
+    concurrent_trials,
+    local_hardware,
+    parse_hardware,
+    resolve_compute,
+    visible_gpus,
+)
+from tunery.pipeline.plan import make_plan
 from tunery.pipeline.validate import validate
 from tunery.spec import Compute
 from tunery.store import Store
@@ -419,3 +427,39 @@ def test_gpus_hidden_by_cuda_visible_devices_are_not_counted(visible: str | None
 
 def test_local_cpus_are_those_available_to_the_process() -> None:
     assert local_hardware().cpus == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4x8xH100-80GB", (256, 32, 80.0)),
+        ("8xA100-40GB", (64, 8, 40.0)),
+        ("1xL4-24GB", (8, 1, 24.0)),
+        ("4x16cpu", (64, 0, None)),
+        ("2cpu", (2, 0, None)),
+    ],
+)
+def test_described_hardware(text: str, expected: tuple[int, int, float | None]) -> None:
+    hardware = parse_hardware(text)
+    assert (hardware.cpus, hardware.gpus, hardware.gpu_gb) == expected
+    assert hardware.host == text
+
+
+@pytest.mark.parametrize("text", ["", "H100", "8xH100", "0x8xH100-80GB", "4 x 8", "8gpu"])
+def test_other_descriptions_of_hardware_are_rejected_with_examples(text: str) -> None:
+    with pytest.raises(RequestError, match="does not describe hardware") as rejected:
+        parse_hardware(text)
+    assert "4x8xH100-80GB" in rejected.value.remedy
+
+
+def test_plan_for_other_hardware_resolves_auto_and_notes_what_does_not_fit(load_text: LoadText, folder: Path) -> None:
+    experiment, source = load_text(
+        "name: x\nseed: 1\nstages:\n  docs: {kind: dataset, source: texts.jsonl}\n  base: {kind: pretrain, data: docs, "
+        "model: {scratch: tiny}, epochs: 1, learning_rate: 1e-3, global_batch_size: 8}\n"
+    )
+    planned = make_plan(experiment, source, Store(folder / "store"), hardware=parse_hardware("2x1xTiny-0GB"))
+    assert planned.compute["device"] == "gpu"
+    assert planned.rules["device"] == "2x1xTiny-0GB has 2 GPUs"
+    assert [note for note in planned.notes if "per GPU for weights" in note]
+    large = make_plan(experiment, source, Store(folder / "store"), hardware=parse_hardware("2x1xH100-80GB"))
+    assert not [note for note in large.notes if "per GPU for weights" in note]
