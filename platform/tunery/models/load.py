@@ -282,7 +282,8 @@ def _from_hub(auto_class: Any, source: Source, **options: Any) -> Any:
     """Call `from_pretrained` of one of transformers' Auto classes. Raises TuneryError if it fails."""
     name, revision = source["pretrained"], source["revision"]
     try:
-        return auto_class.from_pretrained(name, revision=revision, **options)
+        # Explicit: transformers would otherwise ask in a terminal whether to run a repository's own code.
+        return auto_class.from_pretrained(name, revision=revision, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         raise TuneryError(
             f"the model `{name}` can't be loaded",
