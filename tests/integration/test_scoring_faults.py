@@ -63,7 +63,8 @@ def test_no_row_is_lost_or_scored_twice_after_raylet_driver_and_actor_kills(
     out, err = first.communicate(timeout=120)
     assert first.returncode == 1, out + err
     assert "Traceback" not in out + err
-    assert "raylet" in err
+    # The workers die with the raylet; the driver may notice either first.
+    assert "raylet" in err or "a worker process was killed" in err
     assert "the same command" in err
 
     before = len(parts(bench))
