@@ -17,7 +17,7 @@ from tunery.spec import Compute
 # Two pytest processes share the cores (Makefile), each with several processes: more threads would wait for each other.
 os.environ["OMP_NUM_THREADS"] = "1"
 
-LONGEST = ("search", "population", "schedulers", "resume", "ppo", "scoring_faults", "submit")
+LONGEST = ("search", "population", "schedulers", "resume", "ppo", "workers", "scoring_faults", "submit", "divergence")
 """Modules of tests that take longest. They start first, so that no process runs one alone at the end."""
 
 
