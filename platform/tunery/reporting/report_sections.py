@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -76,14 +77,11 @@ def _set_sizes(results: list[Mapping[str, Any]]) -> list[str]:
     return ["; ".join(sizes.values())] if sizes else []
 
 
-def question(text: str) -> str:
-    """The comment lines at the top of an experiment, which state its question."""
-    lines: list[str] = []
-    for line in text.splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line.lstrip("#").strip())
-    return "\n".join(lines).strip()
+def opening_comment(text: str) -> list[str]:
+    """Return the paragraphs of the comment at the top of an experiment file; the first one states its question."""
+    lines = list(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines()))
+    groups = itertools.groupby((line.lstrip("#").strip() for line in lines), key=bool)
+    return [" ".join(paragraph) for has_text, paragraph in groups if has_text]
 
 
 def versions(state: RunState) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from tunery.reporting import report_sections
 from tunery.reporting.axes import log_ticks, nice_ticks, spread
 from tunery.reporting.charts import Series, ThresholdLine, downsample, histogram_chart, line_chart
 from tunery.reporting.report import report_html, write_report
+from tunery.reporting.report_sections import opening_comment
 
 SECTIONS = ["result", "leaderboard", "rows", "scores", "curves", "search", "time", "stages", "experiment"]
 
@@ -239,3 +240,9 @@ def test_leaderboard_has_win_rates_in_the_row_of_the_models_losses() -> None:
     assert [[cell.text for cell in row][:3] for row in table.rows] == [
         ["base", "2.5", ""], ["sft", "2.5", "0.60"], ["ppo", "2.5", "0.75"]]  # fmt: skip
     assert [row[2].best for row in table.rows] == [False, False, True]
+
+
+def test_opening_comment_is_shown_in_paragraphs_without_its_line_breaks() -> None:
+    text = "# Which rate?\n#\n# Eight rates, each\n# for 150 steps.\nname: x\n# not part of it\n"
+    assert opening_comment(text) == ["Which rate?", "Eight rates, each for 150 steps."]
+    assert opening_comment("name: x\n") == []
