@@ -22,7 +22,7 @@ from tunery.export.card_tables import (
 )
 from tunery.export.export_target import ExportTarget
 from tunery.export.lineage import LineageStep, losses, pretrained_root, wins
-from tunery.reporting.report_sections import question
+from tunery.reporting.report_sections import opening_comment
 from tunery.spec import LABELS, TRAINERS, adapter_spec, tuner_of
 from tunery.spec.plugins import load_object
 from tunery.spec.tuners import FULL
@@ -62,7 +62,7 @@ def card(target: ExportTarget, steps: list[LineageStep], export_format: ExportFo
         metadata=yaml.safe_dump(card_metadata(steps, export_format), sort_keys=False, allow_unicode=True),
         title=f"{state.run}: {target.stage}",
         description=_description(target, export_format),
-        question=question(state.text.lstrip()).splitlines(),
+        question=opening_comment(state.text.lstrip()),
         usage=_usage_code(export_format),
         remarks=list(_remarks(step, export_format)),
         fields=fields(step, export_format.peft_config),

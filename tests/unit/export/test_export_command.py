@@ -418,7 +418,7 @@ def test_front_matter_follows_the_hub_format(workspace: ExportWorkspace, tmp_pat
 def test_card_has_question_training_data_scores_and_search(workspace: ExportWorkspace, tmp_path: Path) -> None:
     card = (workspace.export(tmp_path / "out") / "README.md").read_text()
     for text in (
-        "> Which learning rate is best?\n> And does it last?",
+        "> Which learning rate is best? And does it last?\n",
         f"It was trained by {workspace.trials[1]}, the best trial.",
         "| learning_rate | 5e-3 |",
         "| tuner.lora.alpha | 4 (auto) |",
