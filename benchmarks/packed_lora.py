@@ -44,14 +44,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        told = {**vars(options), "folder": scratch}
-        _process("make", told)
+        request = {**vars(options), "folder": scratch}
+        _process("make", request)
         members = [int(number) for number in options.members.split(",")]
         seconds: dict[int, list[float]] = {number: [] for number in (0, *members)}
         peaks: dict[int, float] = {}
         for _ in range(options.rounds):
             for number in seconds:
-                measured = _process("alone" if number == 0 else "packed", {**told, "count": number})
+                measured = _process("alone" if number == 0 else "packed", {**request, "count": number})
                 seconds[number].append(measured["seconds"])
                 peaks[number] = measured["peak"] / 2**30
         alone = statistics.median(seconds[0])
@@ -67,9 +67,9 @@ def main() -> None:
         assert folder.is_dir()
 
 
-def _process(arm: str, told: dict[str, Any]) -> dict[str, Any]:
+def _process(arm: str, request: dict[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, __file__, arm, json.dumps(told)], capture_output=True, text=True, check=False
+        [sys.executable, __file__, arm, json.dumps(request)], capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise SystemExit(f"{arm}: {done.stderr[-3000:]}")
@@ -77,7 +77,7 @@ def _process(arm: str, told: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def make(told: dict[str, Any]) -> dict[str, Any]:
+def make(request: dict[str, Any]) -> dict[str, Any]:
     """A model with random weights, and rows."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -85,9 +85,9 @@ def make(told: dict[str, Any]) -> dict[str, Any]:
     from tunery.models.scratch import train_tokenizer
     from tunery.store.rows import write_rows
 
-    folder, small = Path(told["folder"]), told["shape"] == "tiny"
+    folder, small = Path(request["folder"]), request["shape"] == "tiny"
     tokenizer = train_tokenizer([Path(__file__).read_text()], 400)
-    shape = SHAPES[told["shape"]]
+    shape = SHAPES[request["shape"]]
     config = Qwen3Config(
         **shape,
         num_key_value_heads=shape["num_attention_heads"] if small else 8,
@@ -99,14 +99,14 @@ def make(told: dict[str, Any]) -> dict[str, Any]:
         eos_token_id=tokenizer.eos_token_id,
     )
     torch.manual_seed(0)
-    with torch.device("cuda" if told["device"] == "gpu" else "cpu"):
+    with torch.device("cuda" if request["device"] == "gpu" else "cpu"):
         model = Qwen3ForCausalLM(config)
     model.to(torch.float32 if small else torch.bfloat16).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     chance = random.Random(0)
-    mean = 64 if told["device"] == "cpu" else 256
+    mean = 64 if request["device"] == "cpu" else 256
     rows = []
-    for number in range(told["batch"] * (told["steps"] + WARM)):
+    for number in range(request["batch"] * (request["steps"] + WARM)):
         # A character is about a token of this tokenizer.
         length = min(2 * mean, max(8, round(chance.lognormvariate(0, 0.6) * mean * 0.8)))
         answer = "".join(chance.choice("etaoin shrdlu") for _ in range(length))
@@ -118,24 +118,26 @@ def make(told: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def _job(told: dict[str, Any], name: str, learning_rate: float) -> Any:
+def _job(request: dict[str, Any], name: str, learning_rate: float) -> Any:
     from tunery.spec import Compute, Sft
     from tunery.training.job import Job, RowSource
 
-    folder = Path(told["folder"])
+    folder = Path(request["folder"])
     spec = Sft(
         kind="sft",
         data="rows",
         model="base",
         epochs=1.0,
         learning_rate=learning_rate,
-        global_batch_size=told["batch"],
+        global_batch_size=request["batch"],
         max_length=1024,
         tuner={"lora": {"rank": 16}},  # type: ignore[arg-type]
     )
     work = Path(tempfile.mkdtemp(dir=folder))
     (work / "out").mkdir()
-    compute = Compute(workers=1, device=told["device"], precision=told["precision"], micro_batch_size=told["batch"])
+    compute = Compute(
+        workers=1, device=request["device"], precision=request["precision"], micro_batch_size=request["batch"]
+    )
     return Job(
         stage=name,
         trial=name,
@@ -153,7 +155,7 @@ def _job(told: dict[str, Any], name: str, learning_rate: float) -> Any:
     )
 
 
-def alone(told: dict[str, Any]) -> dict[str, Any]:
+def alone(request: dict[str, Any]) -> dict[str, Any]:
     """Seconds of the steps after the first ones, by the clock of each step."""
     import torch
 
@@ -163,55 +165,55 @@ def alone(told: dict[str, Any]) -> dict[str, Any]:
     times: list[float] = []
     from tunery.workers.process_state import prepare_process
 
-    prepare_process(told["device"], 1)
+    prepare_process(request["device"], 1)
     from tunery.training import training_callback
 
     plain = training_callback.TrainingCallback.on_step_end
 
     def timed(self: Any, *arguments: Any, **more: Any) -> None:
-        _wait(told)
+        _wait(request)
         times.append(time.time())
         plain(self, *arguments, **more)
 
     training_callback.TrainingCallback.on_step_end = timed  # type: ignore[method-assign]
-    train(_job(told, "alone", 1e-4), lambda metrics: None)
-    return _measured(told, (times[-1] - times[WARM - 1]) / (len(times) - WARM))
+    train(_job(request, "alone", 1e-4), lambda metrics: None)
+    return _measured(request, (times[-1] - times[WARM - 1]) / (len(times) - WARM))
 
 
-def packed(told: dict[str, Any]) -> dict[str, Any]:
+def packed(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     torch.set_num_threads(1)
     from tunery.training.packed.pack import Pack
 
-    jobs = [_job(told, f"member{number}", 1e-4 * (number + 1)) for number in range(told["count"])]
-    pack = Pack(jobs[0].model, told["device"], told["precision"], budget=told["budget"] or None)
+    jobs = [_job(request, f"member{number}", 1e-4 * (number + 1)) for number in range(request["count"])]
+    pack = Pack(jobs[0].model, request["device"], request["precision"], budget=request["budget"] or None)
     for job in jobs:
         pack.join(job, lambda metrics: None)
     for _ in range(WARM):
         pack.step()
-    _wait(told)
+    _wait(request)
     begin, steps = time.time(), 0
     while pack.members:
         pack.step()
         steps += 1
-    _wait(told)
-    return _measured(told, (time.time() - begin) / steps)
+    _wait(request)
+    return _measured(request, (time.time() - begin) / steps)
 
 
-def _wait(told: dict[str, Any]) -> None:
-    if told["device"] == "gpu":
+def _wait(request: dict[str, Any]) -> None:
+    if request["device"] == "gpu":
         import torch
 
         torch.cuda.synchronize()
 
 
-def _measured(told: dict[str, Any], seconds: float) -> dict[str, Any]:
+def _measured(request: dict[str, Any], seconds: float) -> dict[str, Any]:
     import resource
 
     import torch
 
-    gpu = told["device"] == "gpu"
+    gpu = request["device"] == "gpu"
     peak = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"seconds": seconds, "peak": peak, "device": torch.cuda.get_device_name() if gpu else "one core of a CPU"}
 

@@ -53,7 +53,7 @@ def stages(experiment: dict) -> None:
 
 def job_of(bench: Workspace, name: str, folder: Path, **changed: Any) -> Job:
     experiment: dict[str, Any] = {}
-    bench.write(lambda told: experiment.update(told) or stages(experiment))
+    bench.write(lambda written: experiment.update(written) or stages(experiment))
     spec = Sft.model_validate_json(json.dumps({**experiment["stages"][name], **changed}))
     measured = next(path for path in bench.artifacts("dataset") if facts(path)["rows"] == 30)
     work = folder / name

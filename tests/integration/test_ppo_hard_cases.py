@@ -30,7 +30,7 @@ from tunery.training.ppo import engine
 from tunery.models import token_log_probs
 from tunery.training.ppo.ppo_worker import train
 
-told = json.loads(sys.argv[1])
+case = json.loads(sys.argv[1])
 token_log_probs.LOGIT_BYTES = 4 * 300 * 3  # three tokens a piece
 plain = engine.deepspeed_config
 
@@ -41,18 +41,18 @@ def config(*arguments):
     return made
 
 engine.deepspeed_config = config
-out = Path(told["out"])
+out = Path(case["out"])
 out.mkdir(parents=True, exist_ok=True)
 spec = Ppo.model_validate({
     "kind": "ppo", "data": "d", "model": "m", "reward": "r", "epochs": 8.0, "learning_rate": 0.01,
-    "global_batch_size": 4, "ppo_epochs": 2, "max_length": 64, "sampling": {"max_new_tokens": 12}, **told["fields"],
+    "global_batch_size": 4, "ppo_epochs": 2, "max_length": 64, "sampling": {"max_new_tokens": 12}, **case["fields"],
 })
 train(Job(
-    stage="ppo", trial="", spec=spec, seed=17, model={"pretrained": told["policy"], "revision": None},
-    data=(RowSource(Path(told["rows"])),), eval_data=(),
-    reward={"python": told["reward"], "function": "reward"}, out=out, staging_dir=out.parent,
+    stage="ppo", trial="", spec=spec, seed=17, model={"pretrained": case["policy"], "revision": None},
+    data=(RowSource(Path(case["rows"])),), eval_data=(),
+    reward={"python": case["reward"], "function": "reward"}, out=out, staging_dir=out.parent,
     store=out.parent, events=out.parent / "events",
-    compute=Compute(workers=told["workers"], device="cpu", zero_stage=told["zero"], micro_batch_size=1),
+    compute=Compute(workers=case["workers"], device="cpu", zero_stage=case["zero"], micro_batch_size=1),
     started_at=time.time(),
 ), lambda metrics: None)
 """

@@ -2,7 +2,7 @@
 
     python -m tunery.jobs.probe '{"store": .., "paths": [..]}'
 
-It prints one line: PREFIX and a JSON list with an object per node (`NodeReport`).
+It prints one line: REPORT_PREFIX and a JSON list with an object per node (`NodeReport`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-PREFIX = "tunery-probe: "
+REPORT_PREFIX = "tunery-probe: "
 NODE_SECONDS = 60.0
 """Time limit for the reports of all nodes."""
 
 
 def main() -> None:
     request = json.loads(sys.argv[1])
-    print(PREFIX + json.dumps(probe(Path(request["store"]), request["paths"])), flush=True)
+    print(REPORT_PREFIX + json.dumps(probe(Path(request["store"]), request["paths"])), flush=True)
 
 
 def probe(store: Path, paths: list[str]) -> list[dict[str, Any]]:

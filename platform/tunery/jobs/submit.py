@@ -20,16 +20,18 @@ from typing import Any
 import tunery
 from tunery.errors import RequestError, TuneryError
 from tunery.ingest.filesystem import REMOTE
+from tunery.ingest.formats.hub import PREFIX
 from tunery.ingest.sources import sources_of
 from tunery.jobs.cluster import JobsApi
 from tunery.jobs.package import EXPERIMENT, ShippedFile, find_files, write_package
 from tunery.jobs.preflight import NodeReport, check_nodes, check_placement, cluster_hardware, version_notes
-from tunery.jobs.probe import PREFIX
+from tunery.jobs.probe import REPORT_PREFIX
 from tunery.pipeline.cache_keys import model_folder, pretrained_models
 from tunery.pipeline.compute import batch_sizes, resolve_compute
 from tunery.spec import Dataset, Experiment, PythonReward, Review, load
 
 POLL_SECONDS = 0.5
+MAX_POLL_SECONDS = 10.0
 PROBE_SECONDS = 180.0
 """Time limit for the probe, which starts a process on each node."""
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -123,7 +125,7 @@ def local_paths(experiment: Experiment, folder: Path) -> list[Path]:
     for stage in experiment.stages.values():
         if isinstance(stage, Dataset):
             for source in sources_of(stage):
-                if not source.startswith((*_schemes(), "builtin:", "hub:")):
+                if not source.startswith((*REMOTE, "builtin:", PREFIX)):
                     paths[_without_pattern(folder / Path(source).expanduser())] = None
         if isinstance(stage, Review):
             decisions = folder / Path(stage.decisions).expanduser()
@@ -135,10 +137,6 @@ def local_paths(experiment: Experiment, folder: Path) -> list[Path]:
             if isinstance(reference.model, PythonReward):
                 paths[folder / reference.model.python] = None
     return [path.resolve() for path in paths]
-
-
-def _schemes() -> tuple[str, ...]:
-    return REMOTE if isinstance(REMOTE, tuple) else (REMOTE,)
 
 
 def _without_pattern(path: Path) -> Path:
@@ -156,11 +154,13 @@ def probe_nodes(api: JobsApi, package: Path, name: str, store: Path, paths: Sequ
     try:
         while (info := api.info(job)).status not in ENDED and time.monotonic() < end:
             time.sleep(POLL_SECONDS)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: the probe must not stay on the cluster
         api.stop(job)
         raise
+    if info.status not in ENDED:
+        api.stop(job)
     logs = api.logs(job)
-    found = re.search(re.escape(PREFIX) + r"(\[.*\])$", logs, re.MULTILINE)
+    found = re.search(re.escape(REPORT_PREFIX) + r"(\[.*\])$", logs, re.MULTILINE)
     if info.status != "SUCCEEDED" or found is None:
         lines = [line for line in logs.splitlines() if line.strip()]
         raise TuneryError(
@@ -172,8 +172,9 @@ def probe_nodes(api: JobsApi, package: Path, name: str, store: Path, paths: Sequ
 
 
 def follow(job: str, api: JobsApi) -> Iterator[str]:
-    """Yield the output of a job as it is written, until it has ended."""
-    length = 0
+    """Yield the output of a job as it is written, until it has ended. The API returns the complete output each time, so
+    the interval grows to MAX_POLL_SECONDS."""
+    length, seconds = 0, POLL_SECONDS
     while True:
         status = api.info(job).status
         text = api.logs(job)
@@ -182,7 +183,8 @@ def follow(job: str, api: JobsApi) -> Iterator[str]:
             length = len(text)
         if status in ENDED:
             return
-        time.sleep(POLL_SECONDS)
+        time.sleep(seconds)
+        seconds = min(MAX_POLL_SECONDS, 1.02 * seconds)
 
 
 def _job_name(name: str) -> str:

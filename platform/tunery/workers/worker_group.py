@@ -80,22 +80,22 @@ class WorkerGroup:
         """
         self._call(self._queue.submit_job, dumps((function, argument)), max_failures)
         failures = num_processed = 0
-        try:
-            while True:
+        while True:
+            try:
                 update: JobUpdate = self._call(self._queue.job_update, failures, num_processed)
                 failures = update.failures
                 for metrics in update.reports:
                     report(metrics)
                     num_processed += 1
-                if update.state == "stopped":
-                    raise Stopped("stopped while it trained")
-                if update.state == "failed":
-                    raise WorkersFailed(loads(update.errors))
-                if update.state == "done":
-                    return
-        except BaseException:
-            self._queue.cancel_job.remote()
-            raise
+            except BaseException:  # Tune raises SystemExit in the report of a trial that it stops
+                self._queue.cancel_job.remote()
+                raise
+            if update.state == "stopped":
+                raise Stopped("stopped while it trained")
+            if update.state == "failed":
+                raise WorkersFailed(loads(update.errors))
+            if update.state == "done":
+                return
 
     def map(
         self, callable_class: type, constructor_args: tuple[Any, ...], tasks: Sequence[Task], max_crashes: int
