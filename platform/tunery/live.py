@@ -60,7 +60,7 @@ def run_live(experiment: Experiment, source: YamlSource, store: Store, *, quiet:
         # Signals interrupt the experiment (run_experiment releases them), but neither the start nor the end of the run.
         STOP.held(),
         report_abrupt_exit(_killed_message(folder)),
-        _single_run_lock(folder),
+        _single_run_lock(store, folder),
         redirect_output(folder / "logs" / "driver.log") as out,
     ):
         log = EventLog(folder / "events" / "driver.jsonl")
@@ -134,10 +134,14 @@ log: {folder / "logs" / "driver.log"}
 
 
 @contextmanager
-def _single_run_lock(folder: Path) -> Iterator[None]:
-    """Refuse a second concurrent run of the same name, which would write to the same event log."""
+def _single_run_lock(store: Store, folder: Path) -> Iterator[None]:
+    """Refuse a second concurrent run of the same name, which would write to the same event log. If `tunery store gc` is
+    removing artifacts, wait for its end: it removes none while a run has its lease."""
+    store.create()
     try:
         with Lease(folder / "lease"):
+            with STOP.released(), store.gc_lease(lambda holder: None):
+                pass
             yield
     except LeaseHeld as held:
         raise RequestError(

@@ -23,7 +23,7 @@ exec(sys.argv[1])
 sys.argv = ["tunery", "run", "e.yaml", "--store", "store"]
 cli.main()
 """
-FAIL_REPORT = 'os.symlink("/dev/full", run / f".report.{os.getpid()}.html")'
+FAIL_REPORT = '(run / "report.html").mkdir()'
 FAIL_WANDB = '(run / "wandb").write_text("a file where W&B wants a folder")'
 FAIL_ALL_WRITES = "resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))"
 
@@ -51,7 +51,7 @@ def test_error_of_a_stage_is_shown_when_the_report_cannot_be_written(folder: Pat
     process = run(folder, FAIL_REPORT, fails=True)
     assert process.returncode == 1
     assert process.stderr.startswith("error: stage rows: `rows.jsonl` has no valid row\n")
-    assert "report: not written (No space left on device)" in process.stdout
+    assert "report: not written (Is a directory)" in process.stdout
     assert "Traceback" not in process.stdout + process.stderr
     assert "Traceback" in (folder / "store/runs/r/logs/driver.log").read_text(), "the log has the traceback"
 
@@ -61,7 +61,7 @@ def test_run_whose_report_cannot_be_written_fails_with_a_remedy(folder: Path) ->
     assert process.returncode == 1
     assert process.stderr.splitlines()[:2] == [
         "error: the run is done, but its report could not be written",
-        "cause: No space left on device",
+        "cause: Is a directory",
     ]
     assert "tunery report" in process.stderr
     assert "Traceback" not in process.stdout + process.stderr

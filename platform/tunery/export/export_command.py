@@ -22,6 +22,7 @@ from tunery.pipeline.run_record import FILE_VALUES
 from tunery.spec import TRAINERS, Pretrained
 from tunery.spec.references import model_name
 from tunery.store import Store
+from tunery.store.atomic_write import publish_folder, temporary_name
 
 CARD, LINEAGE = "README.md", "lineage.json"
 
@@ -140,11 +141,11 @@ def _check_output_folder(out: Path) -> None:
 def _temporary_folder(target: ExportTarget, out: Path) -> Iterator[Path]:
     """A folder next to `out` that is renamed to it on success, and removed on failure."""
     final = out.resolve()  # the target of a symlink, not the link
-    folder = final.with_name(f".{final.name}.{os.getpid()}")
+    folder = temporary_name(final)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield folder
-        folder.replace(final)
+        publish_folder(folder, final)
     except TuneryError:
         raise
     except Exception as error:  # transformers, PEFT and safetensors have no common exception type

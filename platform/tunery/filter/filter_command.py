@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -37,6 +36,7 @@ from tunery.spec import Dataset, parse
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Artifact, Store
 from tunery.store.artifacts import input_of
+from tunery.store.atomic_write import write_text
 
 Notify = Callable[[str], None]
 
@@ -204,16 +204,11 @@ def write_experiment(path: Path, text: str) -> None:
             cause="the experiment of a filter is written next to its output, with the ending .yaml",
             remedy="choose another name for --out, or move that file",
         )
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, text)
     except OSError as error:
         raise _unwritable(path, error) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _unwritable(path: Path, error: OSError) -> RequestError:

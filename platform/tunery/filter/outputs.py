@@ -8,7 +8,6 @@ an empty file could be mistaken for a result.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from tunery.filter.writers import WRITERS, WriteCounts, Writer
 from tunery.ingest.filesystem import UnavailableFile
 from tunery.ingest.sources import BadSource, source_identity
 from tunery.spec import Dataset
+from tunery.store.atomic_write import publish_file, temporary_name
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class _OutputFile:
     def __init__(self, out: Path, columns: SourceColumns, added: dict[str, Any]) -> None:
         self.counts = WriteCounts()
         self._out, self._columns, self._added = out, columns, added
-        self._temporary = out.with_name(f".{out.name}.{os.getpid()}")
+        self._temporary = temporary_name(out)
         self._stack = ExitStack()
         self._writer: Writer | None = None
 
@@ -202,7 +202,7 @@ class _OutputFile:
 
     def publish(self) -> None:
         with self._errors():
-            self._temporary.replace(self._out)
+            publish_file(self._temporary, self._out)
 
     def discard(self, *error: Any) -> None:
         """Exit callback: close the writer and remove the temporary file, which a published file no longer has."""

@@ -17,6 +17,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from tunery.store import Store
+
 REPORT_PREFIX = "tunery-probe: "
 NODE_SECONDS = 60.0
 """Time limit for the reports of all nodes."""
@@ -36,7 +38,7 @@ def probe(store: Path, paths: list[str]) -> list[dict[str, Any]]:
     ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
     name = f".probe-{uuid.uuid4().hex}"
     with suppress(OSError):
-        store.mkdir(parents=True, exist_ok=True)
+        Store(store).create()
         (store / name).mkdir()
     free = available_resources_per_node()
     nodes = [node for node in ray.nodes() if node["Alive"]]

@@ -13,11 +13,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tunery.errors import TuneryError
+from tunery.errors import StoreError, TuneryError
 from tunery.models.labels import Labels, RewardNorm, labels_of
 from tunery.models.model_folder import BadModel
 from tunery.models.scratch import chat_template
 from tunery.spec import Pretrained
+from tunery.store.atomic_write import read_json
+from tunery.store.checksums import MANIFEST
 
 if TYPE_CHECKING:
     import torch
@@ -140,8 +142,15 @@ def load_reward_norm(artifact: Path) -> RewardNorm | None:
 
 
 def _facts(artifact: Path) -> dict[str, Any]:
-    """Return the facts in an artifact's manifest."""
-    facts: dict[str, Any] = json.loads((artifact / "manifest.json").read_text())["facts"]
+    """Return the facts in an artifact's manifest. Raises StoreError if it is unreadable."""
+    manifest = read_json(artifact / MANIFEST)
+    if manifest is None:
+        raise StoreError(
+            f"{artifact / MANIFEST} can't be read",
+            cause="it is truncated, or was removed while a run used it",
+            remedy="run `tunery run` again: it rebuilds the artifact",
+        )
+    facts: dict[str, Any] = manifest["facts"]
     return facts
 
 

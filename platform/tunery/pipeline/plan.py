@@ -43,6 +43,7 @@ from tunery.spec.graph import order, root_dataset
 from tunery.spec.trainings import data_refs
 from tunery.spec.yaml_source import YamlSource
 from tunery.store import Artifact, Store
+from tunery.store.artifacts import read_artifact
 from tunery.store.rows import read_rows
 from tunery.training.auto import resolve_auto
 from tunery.training.batches import plan_training
@@ -142,13 +143,9 @@ def _last_run(store: Store, name: str) -> dict[str, dict[str, Any]]:
     manifests: dict[str, dict[str, Any]] = {}
     for event in read_events(store.run(name) / "events"):
         if event["event"] == "stage_finished" and not event.get("trial"):
-            path = Path(event["artifact"])
-            if (path / "manifest.json").is_file():
-                manifest = json.loads((path / "manifest.json").read_text())
-                manifests[event["stage"]] = {
-                    **manifest,
-                    "runtime_stats": json.loads((path / "runtime_stats.json").read_text()),
-                }
+            artifact = read_artifact(Path(event["artifact"]))
+            if artifact is not None:
+                manifests[event["stage"]] = {**artifact.manifest, "runtime_stats": artifact.runtime_stats}
     return manifests
 
 

@@ -6,7 +6,6 @@ omits sections that are empty.
 
 from __future__ import annotations
 
-import os
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -34,6 +33,7 @@ from tunery.reporting import (
     timing_section,
 )
 from tunery.reporting.tables import fact
+from tunery.store.atomic_write import write_text
 
 TEMPLATE = "report.html.jinja"
 
@@ -42,10 +42,8 @@ def write_report(run_folder: Path) -> Path:
     """Write `<run_folder>/report.html` from the folder's event log and return its path."""
     path = run_folder / "report.html"
     page = report_html(replay(read_events(run_folder / "events")), name=run_folder.name)
-    # Written to a temporary file and renamed: a browser that reloads during a run never reads a partial page.
-    temporary = path.with_name(f".report.{os.getpid()}.html")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    # Atomic: a browser that reloads during a run never reads a partial page.
+    write_text(path, page)
     return path
 
 

@@ -5,7 +5,6 @@ Cells are always text: content that begins with "=" is not a formula.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from openpyxl.worksheet.worksheet import Worksheet
 
 from tunery.review.decisions import DECISIONS, SHEET, Decision
 from tunery.review.review_items import ReviewItem
+from tunery.store.atomic_write import replace_file
 
 MAX_CELL_CHARS = 32_000
 """Excel's limit is 32,767."""
@@ -57,9 +57,8 @@ def write_workbook(
         hidden = book.create_sheet("filter results")
         _write_sheet(hidden, list(outcomes[0]) if outcomes else ["id"], outcomes)
         hidden.sheet_state = "hidden"
-    temporary_path = path.with_name(f".{path.name}.{os.getpid()}")
-    book.save(temporary_path)
-    temporary_path.replace(path)
+    with replace_file(path) as temporary:
+        book.save(temporary)
 
 
 def _text_cells(item: ReviewItem) -> dict[str, str]:

@@ -1,18 +1,19 @@
 """Artifacts: immutable directories, named by the kind and the fingerprint of their stage.
 
-    <store>/artifacts/<kind>-<fingerprint>/    manifest.json, runtime_stats.json and the output of the stage
+    <store>/artifacts/<kind>-<fingerprint>/    manifest.json, runtime_stats.json, checksums.json and the output of the
+                                               stage
     <store>/work/<kind>-<fingerprint>/         staging directory of a running stage: out-<owner>/ (renamed at the
                                                end), checkpoints/
     <store>/leases/<kind>-<fingerprint>        owner of the running stage
-    <store>/runs/<run>/                        event log, report, logs and W&B files of a run
+    <store>/runs/<run>/                        event log, report, logs and W&B files of a run; `lease` while it runs
 
-`manifest.json` is deterministic (fingerprint, config, inputs and facts); `runtime_stats.json` has times and speeds. The
-manifest is written last, then the directory is renamed into place, so an artifact is complete or absent.
+`manifest.json` is deterministic (fingerprint, config, inputs and facts); `runtime_stats.json` has times and speeds;
+`checksums.json` is for `tunery store verify` (checksums.py). They are written last, then the directory is renamed into
+place, so an artifact is complete or absent. One whose manifest is unreadable counts as absent and is rebuilt.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -22,10 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import RequestError, StoreError
+from tunery.store.atomic_write import read_json, sync_path, sync_tree, write_json
+from tunery.store.checksums import MANIFEST, RUNTIME_STATS, write_checksums
 from tunery.store.lease import Lease, LeaseLost
 
 DEFAULT_STORE = Path(".tunery")
 """Default store, relative to the working directory."""
+OWNER_ONLY = 0o700
+"""Mode of a store that tunery creates: artifacts have the rows of datasets, and checkpoints are pickles, which run code
+when they are loaded."""
+GC_LEASE = "gc"
+"""Name of the lease of `tunery store gc`. Leases of artifacts contain a hyphen."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +89,38 @@ class Store:
                 remedy="give another path with --store, or change the permissions",
             )
 
+    def create(self) -> None:
+        """Create the folder of the store for its owner only. The permissions of an existing one are not changed."""
+        self.root.mkdir(mode=OWNER_ONLY, parents=True, exist_ok=True)
+
     def find(self, kind: str, fingerprint: str) -> Artifact | None:
-        return read_artifact(self.root / "artifacts" / f"{kind}-{fingerprint}")
+        return read_artifact(self.artifacts / f"{kind}-{fingerprint}")
 
     def staging_dir(self, kind: str, fingerprint: str) -> Path:
         """Directory that the artifact is built in (`new_output_dir`). It may have checkpoints of an earlier attempt."""
         return self.root / "work" / f"{kind}-{fingerprint}"
 
     def lease(self, kind: str, fingerprint: str, wait: Callable[[str], None] | None = None) -> Lease:
-        return Lease(self.root / "leases" / f"{kind}-{fingerprint}", wait)
+        self.create()
+        return Lease(self.leases / f"{kind}-{fingerprint}", wait)
+
+    def gc_lease(self, wait: Callable[[str], None] | None = None) -> Lease:
+        """Lease that `tunery store gc` holds while it removes artifacts, and a run for a moment when it starts
+        (store_commands/garbage_collection.py)."""
+        self.create()
+        return Lease(self.leases / GC_LEASE, wait)
+
+    @property
+    def artifacts(self) -> Path:
+        return self.root / "artifacts"
+
+    @property
+    def leases(self) -> Path:
+        return self.root / "leases"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
 
     @property
     def scores(self) -> Path:
@@ -97,37 +128,37 @@ class Store:
         return self.root / "scores"
 
     def run(self, name: str) -> Path:
-        return self.root / "runs" / name
+        return self.runs / name
 
     def find_run(self, run: str) -> Path:
         """Return the folder of an existing run, given by name or path. Raises RequestError if there is none."""
         for folder in (Path(run), self.run(run)):
             if (folder / "events").is_dir():
                 return folder
-        runs = self.root / "runs"
-        known = sorted(path.name for path in runs.iterdir()) if runs.is_dir() else []
+        known = sorted(path.name for path in self.runs.iterdir()) if self.runs.is_dir() else []
         raise RequestError(
             f"there is no run `{run}` in {self.root}", remedy=f"known runs: {', '.join(known) or 'none'}"
         )
 
     def commit(self, folder: Path, manifest: dict[str, Any], runtime_stats: dict[str, Any], lease: Lease) -> Artifact:
-        """Rename `folder` into place with its manifest. `lease`: the lease of the artifact.
+        """Rename `folder` into place with its manifest and checksums. `lease`: the lease of the artifact.
 
         If another process has taken over the lease and committed the artifact, return that one. Raises LeaseLost if it
         has not committed yet.
         """
-        final = self.root / "artifacts" / f"{manifest['kind']}-{manifest['fingerprint']}"
+        final = self.artifacts / f"{manifest['kind']}-{manifest['fingerprint']}"
         final.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(folder / "runtime_stats.json", runtime_stats)
-        _write_json(folder / "manifest.json", manifest)
-        _sync_tree(folder)
+        write_json(folder / RUNTIME_STATS, runtime_stats)
+        write_json(folder / MANIFEST, manifest)
+        write_checksums(folder, visit=sync_path)  # several files are synced at once
+        sync_tree(folder)
         try:
             with lease.fenced():
                 if (existing := read_artifact(final)) is None:
-                    if final.exists():  # without a manifest: partially deleted
+                    if final.exists():  # without a readable manifest: partially deleted, or truncated
                         shutil.rmtree(final)
                     folder.rename(final)
-                    _sync(final.parent)
+                    sync_path(final.parent)
         except LeaseLost:
             if (existing := read_artifact(final)) is None:
                 raise
@@ -168,30 +199,13 @@ def input_of(artifact: Artifact, field: str) -> Artifact:
 
 
 def read_artifact(path: Path) -> Artifact | None:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        runtime_stats = json.loads((path / "runtime_stats.json").read_text())
-    except (FileNotFoundError, NotADirectoryError):
+    """Return the artifact in a folder; None if there is none. An artifact whose manifest or runtime statistics are
+    truncated (by a power failure or a full disk) counts as absent."""
+    manifest = read_json(path / MANIFEST)
+    if manifest is None or not manifest.keys() >= {"kind", "fingerprint", "facts"}:
         return None
-    return Artifact(path, manifest, runtime_stats)
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=True) + "\n")
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    runtime_stats = read_json(path / RUNTIME_STATS)
+    return None if runtime_stats is None else Artifact(path, manifest, runtime_stats)
 
 
 def _is_read_only(folder: Path) -> bool:

@@ -32,6 +32,7 @@ from filelock import FileLock
 
 from tunery.errors import TuneryError
 from tunery.interrupt import STOP
+from tunery.store.atomic_write import write_text
 
 HEARTBEAT = 5.0
 """Seconds."""
@@ -122,9 +123,7 @@ class Lease:
                 "pid": os.getpid(),
                 "start": _process_start(os.getpid()),
             }
-            temporary = self.path.with_name(f"{self.path.name}.{self.token}")
-            temporary.write_text(json.dumps(owner))
-            temporary.replace(self.path)
+            write_text(self.path, json.dumps(owner), sync=False)  # after a power failure no owner is alive
             return None
 
     def _is_alive(self, owner: dict[str, Any]) -> bool:

@@ -82,17 +82,14 @@ def commit_and_die_at(step: str, root: Path) -> None:
     def die(*args: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    write_json = artifacts_module._write_json
+    replace = Path.replace
 
-    def write_part(path: Path, value: dict[str, Any]) -> None:
-        if path.name == step:
-            path.write_text('{"kind": "data')
-            die()
-        write_json(path, value)
+    def replace_or_die(path: Path, target: Path) -> Path:
+        return die() if target.name == step else replace(path, target)
 
-    artifacts_module._write_json = write_part
+    Path.replace = replace_or_die
     if step == "sync":
-        artifacts_module._sync_tree = die
+        artifacts_module.sync_tree = die
     if step == "rename":
         Path.rename = die
     store = Store(root)
@@ -103,7 +100,7 @@ def commit_and_die_at(step: str, root: Path) -> None:
         build(store, lease, content="first")
 
 
-@pytest.mark.parametrize("step", ["rows", "runtime_stats.json", "manifest.json", "sync", "rename"])
+@pytest.mark.parametrize("step", ["rows", "runtime_stats.json", "manifest.json", "checksums.json", "sync", "rename"])
 def test_process_killed_while_committing_leaves_no_artifact_and_the_next_one_builds_it(
     step: str, tmp_path: Path
 ) -> None:
