@@ -26,6 +26,7 @@ from tunery.models.reward_functions import NO_LIMIT, reward_origin
 from tunery.models.row_encodings import encoding_of
 from tunery.spec import Compute, Sampling, WinRate
 from tunery.store import StageContext
+from tunery.store.atomic_write import write_text
 from tunery.store.rows import shards
 
 BATCH_ROWS = 256
@@ -80,8 +81,8 @@ def prompt_batches(artifact: Path) -> list[PromptBatch]:
 def generate_responses(
     context: StageContext, artifacts: dict[str, Path], batches: Sequence[PromptBatch]
 ) -> list[list[Path]]:
-    """Generate all responses. Return for each batch one file per model (see `read_responses`). Tasks whose file exists
-    are skipped.
+    """Generate all responses. Return for each batch one file per model (see `read_responses`). Tasks whose file is
+    complete are skipped.
 
     artifacts: by stage name; batches: of the stage's `data`.
     """
@@ -99,7 +100,7 @@ def generate_responses(
     for model_index, model in enumerate(models):
         source = json.dumps(source_of(model, artifacts, context.folder))
         for batch, batch_files in zip(batches, files, strict=True):
-            if batch_files[model_index].exists():
+            if is_complete(batch_files[model_index]):
                 done += batch.rows
                 continue
             tasks.append(
@@ -198,10 +199,18 @@ class ResponseGenerator:
                     "ended": response.ended,
                 }
             )
-        temporary = file.with_suffix(".part")  # renamed when complete, because tasks whose file exists are skipped
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        temporary.replace(file)
+        # Atomic: tasks whose file exists are skipped.
+        write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
         return len(encoded)
+
+
+def is_complete(file: Path) -> bool:
+    """Whether a file of `generate_responses` exists and has all its responses."""
+    try:
+        batch = read_responses(file)
+    except (FileNotFoundError, ValueError, TypeError, StopIteration):
+        return False
+    return len(batch.responses) == batch.read - batch.too_long - batch.unusable
 
 
 def read_responses(file: Path) -> BatchResponses:

@@ -31,6 +31,7 @@ from tunery.ingest.read import Quarantine, Quarantined, ReadCounts, as_tables, r
 from tunery.ingest.sources import Builtin, SourcePart, resolve_sources
 from tunery.spec import Dataset
 from tunery.store import StageContext
+from tunery.store.atomic_write import publish_folder, read_json, temporary_name, write_text
 from tunery.store.rows import SCHEMA
 
 RANGE_BYTES = 32 << 20
@@ -96,7 +97,7 @@ def read_in_parallel(
     pending = [
         {"task": pickle.dumps(task), "out": str(out)}
         for task, out in zip(tasks, results, strict=True)
-        if not out.is_dir()
+        if not _is_complete(out)
     ]
     rows = sum(_read_counts(out)["rows"] for out in results if out.is_dir())
     context.emit("progress", done=rows, total=None, unit="rows", detail="starting actors")
@@ -135,26 +136,52 @@ class SourceReader:
 
 def run_read_task(task: ReadTask, stage: Dataset, out: Path) -> int:
     """Write the folder `out` with rows.arrow, quarantine.jsonl and counts.json; return the number of rows."""
-    temporary = out.with_suffix(".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = temporary_name(out)
     temporary.mkdir(parents=True)
-    counts, rows = ReadCounts(), 0
+    counts, rows, quarantined = ReadCounts(), 0, 0
     with (
         (temporary / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as quarantine_file,
         pa.ipc.new_stream(str(temporary / "rows.arrow"), SCHEMA) as writer,
     ):
 
         def quarantine(line: Quarantined) -> None:
+            nonlocal quarantined
+            quarantined += 1
             quarantine_file.write(json.dumps(dataclasses.asdict(line)) + "\n")
 
         for table in as_tables(read_part(task, stage, quarantine, counts), counts):
             writer.write_table(table)
             rows += table.num_rows
     span = task.span if isinstance(task, File) else None
-    task_counts = {"rows": rows, "lines": span.lines if span else 0, "counts": vars(counts)}
-    (temporary / "counts.json").write_text(json.dumps(task_counts))
-    temporary.rename(out)
+    task_counts = {
+        "rows": rows,
+        "quarantined": quarantined,
+        "lines": span.lines if span else 0,
+        "counts": vars(counts),
+    }
+    write_text(temporary / "counts.json", json.dumps(task_counts))
+    if out.exists():  # incomplete, see _is_complete
+        shutil.rmtree(out)
+    publish_folder(temporary, out)
     return rows
+
+
+def _is_complete(out: Path) -> bool:
+    """Whether a task has a result whose files have all rows and quarantined lines. A result with truncated files is
+    removed, and its task repeated."""
+    if not out.is_dir():
+        return False
+    counts = read_json(out / "counts.json") or {}
+    try:
+        with pa.memory_map(str(out / "rows.arrow")) as source, pa.ipc.open_stream(source) as reader:
+            rows = sum(batch.num_rows for batch in reader)
+        quarantined = (out / "quarantine.jsonl").read_bytes().count(b"\n")
+    except (OSError, pa.ArrowInvalid):  # OSError: absent, or empty, which can't be mapped
+        rows = quarantined = -1
+    if (rows, quarantined) == (counts.get("rows"), counts.get("quarantined")):
+        return True
+    shutil.rmtree(out)
+    return False
 
 
 def _read_counts(out: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import json
 import os
 import shutil
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -33,8 +32,9 @@ import pyarrow.parquet as pq
 from tunery.errors import TuneryError
 from tunery.models.encode import ENCODING_VERSION, Encoding, Span
 from tunery.models.encode_rows import EncodeRows, RowEncoding
-from tunery.models.tokenized_dataset import TokenizedDataset, TokenStats
+from tunery.models.tokenized_dataset import TokenizedDataset, TokenStats, is_complete
 from tunery.store import Lease
+from tunery.store.atomic_write import publish_folder, remove_temporaries, temporary_name
 from tunery.store.rows import shards
 
 if TYPE_CHECKING:
@@ -80,9 +80,9 @@ class TokenCache:
         rows: folder of the artifact; rows_name: its name in the cache key.
         """
         target = self.path(cache_key(rows, rows_name, tokenizer, encoding, row_encoding.encode_rows))
-        if not (target / "stats.json").is_file():
+        if not is_complete(target):
             with Lease(self.leases / f"tokenized-{target.name}", self.waiting):
-                if not (target / "stats.json").is_file():
+                if not is_complete(target):
                     self._build(rows, target, _Encoder(tokenizer, encoding, row_encoding))
         return TokenizedDataset(target)
 
@@ -100,14 +100,13 @@ class TokenCache:
         Ray Train stops this one too.
         """
         target = self.path(cache_key(rows, rows_name, tokenizer, encoding, row_encoding.encode_rows))
-        while not (target / "stats.json").is_file():
+        while not is_complete(target):
             time.sleep(POLL_SECONDS)
         return TokenizedDataset(target)
 
     def _build(self, rows: Path, target: Path, encoder: _Encoder) -> None:
-        for stale in target.parent.glob(f"{target.name}.staging-*"):  # of an interrupted build
-            shutil.rmtree(stale, ignore_errors=True)
-        staging = target.with_name(f"{target.name}.staging-{uuid.uuid4().hex[:8]}")
+        remove_temporaries(target)  # of an interrupted build
+        staging = temporary_name(target)
         staging.mkdir(parents=True)
         files = shards(rows)
         counts = [int(pq.read_metadata(file).num_rows) for file in files]
@@ -137,8 +136,8 @@ class TokenCache:
                 ) from error
         _merge(parts, staging)
         (staging / "stats.json").write_text(json.dumps({**asdict(stats), "unusable": dict(stats.unusable)}) + "\n")
-        shutil.rmtree(target, ignore_errors=True)  # has no stats.json: an interrupted build
-        staging.rename(target)
+        shutil.rmtree(target, ignore_errors=True)  # incomplete
+        publish_folder(staging, target)
 
 
 def cache_key(

@@ -27,6 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from tunery.models.encode import Span, labels_of
+from tunery.store.atomic_write import read_json
 from tunery.store.rows import Row
 
 Integers = npt.NDArray[np.int64]
@@ -88,6 +89,17 @@ class TokenizedDataset:
         """(sequences,) int64, number of tokens of each sequence."""
         return np.diff(self._offsets)
 
+    @property
+    def has_all_values(self) -> bool:
+        """Whether the arrays have the lengths that the offsets and the counts imply: none was truncated."""
+        return (
+            len(self) == len(self.row_ids) == len(self.row_labels) == self.stats.sequences
+            and len(self._span_offsets) == len(self._offsets)
+            and len(self.tokens) == self._offsets[-1] == self.stats.tokens
+            and len(self._types) in (0, len(self.tokens))
+            and len(self._spans) == self._span_offsets[-1]
+        )
+
     def ids(self, index: int) -> list[int]:
         """Return the token ids of a sequence."""
         ids: list[int] = self.tokens[self._offsets[index] : self._offsets[index + 1]].tolist()
@@ -123,6 +135,19 @@ class TokenizedDataset:
         with (self.folder / "unusable.jsonl").open(encoding="utf-8") as lines:
             for line in lines:
                 yield json.loads(line)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether a folder has a tokenised dataset without truncated files."""
+    stats = read_json(folder / "stats.json")
+    if stats is None:
+        return False
+    try:
+        dataset = TokenizedDataset(folder)
+        num_unusable = (folder / "unusable.jsonl").read_bytes().count(b"\n")
+    except (OSError, ValueError, EOFError):  # ValueError: that of numpy and pyarrow for truncated files
+        return False
+    return dataset.has_all_values and num_unusable == dataset.stats.num_unusable
 
 
 def _memmap(file: Path, dtype: type[Any]) -> npt.NDArray[Any]:

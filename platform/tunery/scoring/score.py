@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from tunery.errors import RowCountError, StageError
 from tunery.ingest.row_samples import quarantine_facts
 from tunery.models.load import source_of
-from tunery.scoring.score_shard import ScorePass
+from tunery.scoring.score_shard import ScorePass, failures_path, scored_rows
 from tunery.scoring.score_stats import describe_scores
 from tunery.scoring.scorers.external_groupby import RowSignatures
 from tunery.scoring.scorers.interfaces import CorpusScorer
@@ -164,8 +164,7 @@ def _run_pass(
     """Yield the counts of each shard and the seconds that a worker spent on it; shards already done come first."""
     tasks = []
     for path in files:
-        if (score_pass.folder / path.name).is_file():
-            rows = int(pq.read_metadata(path).num_rows)
+        if (rows := scored_rows(score_pass, path)) is not None:
             yield {"rows": rows, "resumed": rows}
         else:
             tasks.append({"shard": str(path)})
@@ -201,7 +200,7 @@ def _combine_passes(context: StageContext, passes: Sequence[ScorePass], files: S
                 columns.setdefault("id", result["id"])
                 if result["id"] != columns["id"]:
                     raise RowCountError(context.name, f"the scores of {path.name} do not belong to its rows")
-                reasons = score_pass.folder / f"{path.stem}.failed.json"
+                reasons = failures_path(score_pass, path)
                 if reasons.is_file():
                     failed |= {int(index): reason for index, reason in json.loads(reasons.read_text()).items()}
                 new = [(name.replace(":", "_"), result[name]) for name in result.column_names if name != "id"]

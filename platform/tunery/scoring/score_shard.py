@@ -1,7 +1,7 @@
 """Scoring of one shard: its rows go through the scorers of one pass, except for scores that are already cached.
 
 The result of a shard is one Parquet file, renamed into place when it is complete; a resumed stage skips shards that
-have their file. A journal file next to it records crashes.
+have their file (`scored_rows`). A journal file next to it records crashes.
 
 A row that crashes its worker (a native library, out of memory) would also crash every retry. After two crashes in the
 same run, a shard is therefore scored row by row, and each row is written to the journal before it is scored. A row
@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 
 from tunery.errors import TuneryError
 from tunery.scoring.scorers.interfaces import Columns
+from tunery.store.atomic_write import read_json, replace_file, write_text
 from tunery.store.rows import Row
 from tunery.store.score_cache import ScoreCache, ids_to_uint64
 from tunery.store.vectors import is_vectors, vector_column, vectors_of
@@ -72,12 +73,13 @@ def score_shard(shard: Path, score_pass: ScorePass, score: ScoreFn, crashes: int
         _score_chunk(table.slice(start, CHUNK_ROWS), start, score_pass, score, journal, failures)
         for start in range(0, max(1, len(table)), CHUNK_ROWS)
     ]
+    reasons = failures_path(score_pass, shard)
     if failures:
-        (score_pass.folder / f"{shard.stem}.failed.json").write_text(json.dumps(failures))
-    path = score_pass.folder / shard.name
-    temporary_path = path.with_suffix(".tmp")
-    pq.write_table(_concat([chunk for chunk, _ in chunks]), temporary_path)
-    temporary_path.rename(path)
+        write_text(reasons, json.dumps(failures))
+    else:
+        reasons.unlink(missing_ok=True)  # of an attempt whose table was truncated
+    with replace_file(score_pass.folder / shard.name) as temporary:
+        pq.write_table(_concat([chunk for chunk, _ in chunks]), temporary)
     journal.remove()
     num_uncached = sum(count for _, count in chunks)
     return {
@@ -86,6 +88,24 @@ def score_shard(shard: Path, score_pass: ScorePass, score: ScoreFn, crashes: int
         "cached": len(table) - num_uncached,
         "failed": len(failures),
     }
+
+
+def failures_path(score_pass: ScorePass, shard: Path) -> Path:
+    """File with the reason of each quarantined row of the shard, by index; absent if there is none."""
+    return score_pass.folder / f"{shard.stem}.failed.json"
+
+
+def scored_rows(score_pass: ScorePass, shard: Path) -> int | None:
+    """Return the number of rows of a shard whose scores are complete; None if it is to be scored. Truncated files count
+    as absent: a Parquet file ends with the description of its content."""
+    try:
+        table = pq.ParquetFile(score_pass.folder / shard.name)
+        num_failed = table.read(columns=["failed"])[0].to_pylist().count(True)
+    except (FileNotFoundError, pa.ArrowInvalid):
+        return None
+    if num_failed and read_json(failures_path(score_pass, shard)) is None:
+        return None
+    return int(table.metadata.num_rows)
 
 
 def _score_chunk(
@@ -237,7 +257,11 @@ class _Journal:
 
     def __init__(self, path: Path, run: str, crashes: int | None) -> None:
         self._path = path
-        lines = path.read_text().splitlines() if path.exists() else []
+        text = path.read_text(errors="replace") if path.exists() else ""
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:  # the writer was killed, or the disk was full
+            write_text(path, complete)
+        lines = complete.splitlines()
         attempts = sum(line.startswith(f"begin {run} ") for line in lines)
         begin = f"begin {run} {attempts if crashes is None else crashes}"
         self.crashes_by_row: Counter[int] = Counter()

@@ -4,7 +4,8 @@
 
 A run has the rows that one score stage added, partitioned by the first `bits` bits of their ids to limit the size of a
 file, and sorted by id within a file. Files are memory-mapped and searched by bisection, so the actors of a machine
-share one copy in the page cache. Runs are immutable and renamed into place.
+share one copy in the page cache. Runs are immutable and renamed into place. The rows of a truncated file (after a power
+failure) count as not cached: they are scored again, and the run of the stage that scored them is replaced.
 
 Estimated sizes: 8 bytes per row for the id and 8 per column, so 100 M rows with 3 columns are 3.2 GB in 512 files. A
 look-up of 16,384 ids takes milliseconds if the pages are cached. Vectors take 2 bytes per dimension: 200 GB for 1,024
@@ -17,7 +18,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import itertools
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from functools import cache
@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from tunery.store.atomic_write import publish_folder, temporary_name
 from tunery.store.vectors import row_bytes
 
 Ids = NDArray[np.uint64]
@@ -56,7 +57,7 @@ class ScoreCache:
             try:
                 return self._find(ids)
             except FileNotFoundError:  # merged in the meantime into another run
-                _files.cache_clear()
+                _forget()
 
     def _find(self, ids: Ids) -> tuple[NDArray[np.bool_], pa.Table | None]:
         known = np.zeros(len(ids), dtype=bool)
@@ -75,11 +76,22 @@ class ScoreCache:
     def add(self, run: str, tables: Iterable[pa.Table], rows: int) -> None:
         """Keep `tables` (a column `id` of uint64, and the scorer's) as `run`; `rows` is about how many there will be.
 
-        Streams: a partition in memory at a time. A run that is there already is left as it is.
+        Streams: a partition in memory at a time. A complete run that is there already is left as it is.
         """
-        if not (self.folder / run).is_dir():
+        if self._remove_truncated(self.folder / run):
             self._write(run, tables, rows)
             self._merge()
+
+    def _remove_truncated(self, run: Path) -> bool:
+        """Remove a run that has a truncated file; return whether there is no such run (any more)."""
+        try:
+            if all(_mapped(path) is not None for path in _files(run)):
+                return False
+        except FileNotFoundError:
+            return True
+        shutil.rmtree(run)
+        _forget()
+        return True
 
     def _merge(self) -> None:
         """Merge the smaller half of the runs if there are many, unless another process is merging."""
@@ -90,34 +102,27 @@ class ScoreCache:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 return
-            sizes = {run: sum(_mapped(path).num_rows for path in _files(run)) for run in self._runs()}
+            runs = [run for run in self._runs() if not self._remove_truncated(run)]
+            sizes = {run: sum(table.num_rows for table in _tables(run)) for run in runs}
             small = sorted(sizes, key=lambda run: (sizes[run], run.name))[: MAX_RUNS // 2]
             name = "merged-" + hashlib.sha256("".join(run.name for run in small).encode()).hexdigest()[:16]
-            self._write(
-                name, (_mapped(path) for run in small for path in _files(run)), sum(sizes[run] for run in small)
-            )
+            self._write(name, (table for run in small for table in _tables(run)), sum(sizes[run] for run in small))
             for run in small:
                 shutil.rmtree(run)
 
     def _write(self, run: str, tables: Iterable[pa.Table], rows: int) -> None:
         final = self.folder / run
-        temporary = self.folder / f".{run}-{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = temporary_name(final)
         temporary.mkdir(parents=True)
-        stream = iter(tables)
-        first = next(stream, None)
-        bits = 0 if first is None else _prefix_bits(rows, row_bytes(first.schema))
-        _spill(stream if first is None else itertools.chain([first], stream), temporary, bits)
-        for spilled in sorted(temporary.glob("*.spill")):
-            with pa.OSFile(str(spilled), "rb") as file, pa.ipc.open_stream(file) as reader:
-                table = reader.read_all()
-            _, first_indices = np.unique(table["id"].to_numpy(), return_index=True)
-            _write_one_batch(table.take(first_indices), spilled.with_suffix(".arrow"))
-            spilled.unlink()
         try:
-            temporary.rename(final)
-        except OSError:  # another process has committed the same scores
-            shutil.rmtree(temporary)
+            _write_files(temporary, tables, rows)
+            publish_folder(temporary, final)
+        except OSError:
+            if not final.is_dir():  # otherwise another process has committed the same scores
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        _forget()
 
     def _runs(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -134,6 +139,20 @@ def _prefix_bits(rows: int, vector_bytes: int) -> int:
 
 def _prefix(ids: Ids, bits: int) -> NDArray[np.uint64]:
     return np.zeros(len(ids), np.uint64) if bits == 0 else ids >> np.uint64(64 - bits)
+
+
+def _write_files(folder: Path, tables: Iterable[pa.Table], rows: int) -> None:
+    """Write the files of a run."""
+    stream = iter(tables)
+    first = next(stream, None)
+    bits = 0 if first is None else _prefix_bits(rows, row_bytes(first.schema))
+    _spill(stream if first is None else itertools.chain([first], stream), folder, bits)
+    for spilled in sorted(folder.glob("*.spill")):
+        with pa.OSFile(str(spilled), "rb") as file, pa.ipc.open_stream(file) as reader:
+            table = reader.read_all()
+        _, first_indices = np.unique(table["id"].to_numpy(), return_index=True)
+        _write_one_batch(table.take(first_indices), spilled.with_suffix(".arrow"))
+        spilled.unlink()
 
 
 def _spill(tables: Iterable[pa.Table], folder: Path, bits: int) -> None:
@@ -169,6 +188,8 @@ def _find_in(run: Path, ids: Ids, indices: NDArray[np.int64]) -> Iterator[tuple[
         if not len(candidates):
             continue
         table = _mapped(path)
+        if table is None:
+            continue
         stored = table["id"].chunk(0).to_numpy()
         positions = np.minimum(np.searchsorted(stored, ids[candidates]), len(stored) - 1)
         hit = stored[positions] == ids[candidates]
@@ -184,7 +205,27 @@ def _files(run: Path) -> tuple[Path, ...]:
     return files
 
 
+def _tables(run: Path) -> Iterator[pa.Table]:
+    """Yield the tables of a run without truncated files."""
+    for path in _files(run):
+        table = _mapped(path)
+        assert table is not None, "checked by _remove_truncated"
+        yield table
+
+
 @cache
-def _mapped(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as source:
-        return pa.ipc.open_file(source).read_all()
+def _mapped(path: Path) -> pa.Table | None:
+    """Return the table in a file; None if it is truncated: the end of an Arrow file describes its content."""
+    if path.stat().st_size == 0:  # can't be mapped
+        return None
+    try:
+        with pa.memory_map(str(path)) as source:
+            return pa.ipc.open_file(source).read_all()
+    except pa.ArrowInvalid:
+        return None
+
+
+def _forget() -> None:
+    """Forget which files the runs have: a run was added or removed."""
+    _files.cache_clear()
+    _mapped.cache_clear()

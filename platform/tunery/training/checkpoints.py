@@ -1,4 +1,9 @@
-"""Complete checkpoints of a training, and seeding a training from another's checkpoint."""
+"""Complete checkpoints of a training, and seeding a training from another's checkpoint.
+
+A checkpoint is synced to the disk before it is marked as complete, so no mark survives a power failure without its
+checkpoint. If a mark or a JSON file is truncated nevertheless, the checkpoint counts as incomplete: the training
+resumes from an earlier one, or starts again.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,8 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from tunery.store.atomic_write import publish_folder, remove_temporaries, sync_tree, temporary_name, write_text
 
 HISTORY = "history.jsonl"
 COMPLETE = "whole"
@@ -20,7 +27,9 @@ def checkpoint_signature(workers: int, zero_stage: int, dtype: str) -> str:
 
 def mark_complete(checkpoints: Path, step: int, signature: str) -> None:
     """Mark the checkpoint of `step` as complete and remove all older ones."""
-    (checkpoints / f"checkpoint-{step}" / COMPLETE).write_text(signature)
+    checkpoint = checkpoints / f"checkpoint-{step}"
+    sync_tree(checkpoint)
+    write_text(checkpoint / COMPLETE, signature)
     for older in checkpoints.glob("checkpoint-*"):
         if step_of(older) < step:
             shutil.rmtree(older)
@@ -29,18 +38,29 @@ def mark_complete(checkpoints: Path, step: int, signature: str) -> None:
 def remove_incompatible(checkpoints: Path, signature: str) -> None:
     """Remove checkpoints that are incomplete or have another signature. New ones may get the same names."""
     for path in checkpoints.glob("checkpoint-*"):
-        if not (path / COMPLETE).is_file() or (path / COMPLETE).read_text() != signature:
+        if not _is_complete(path, signature):
             shutil.rmtree(path)
 
 
 def last_checkpoint(checkpoints: Path, signature: str) -> Path | None:
     """Return the newest complete checkpoint with this signature, or None."""
-    complete = [
-        path
-        for path in checkpoints.glob("checkpoint-*")
-        if (path / COMPLETE).is_file() and (path / COMPLETE).read_text() == signature
-    ]
+    complete = [path for path in checkpoints.glob("checkpoint-*") if _is_complete(path, signature)]
     return max(complete, key=step_of, default=None)
+
+
+def _is_complete(checkpoint: Path, signature: str) -> bool:
+    """Whether a checkpoint has a mark with this signature, and no truncated JSON file (such as history.jsonl, and
+    ppo.json of PPO)."""
+    mark = checkpoint / COMPLETE
+    if not mark.is_file() or mark.read_bytes() != signature.encode():
+        return False
+    try:
+        for path in checkpoint.glob("*.json"):
+            json.loads(path.read_bytes())
+        read_history(checkpoint)
+    except (FileNotFoundError, ValueError):
+        return False
+    return True
 
 
 def step_of(checkpoint: Path) -> int:
@@ -49,11 +69,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def write_history(checkpoint: Path, history: Sequence[Mapping[str, float]]) -> None:
-    (checkpoint / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in history))
+    """Write the history of a checkpoint, before the checkpoint is marked as complete."""
+    write_text(checkpoint / HISTORY, "".join(json.dumps(point) + "\n" for point in history))
 
 
 def read_history(checkpoint: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (checkpoint / HISTORY).read_text().splitlines()]
+    """Return the history of a checkpoint. Raises ValueError if it is truncated."""
+    lines = (checkpoint / HISTORY).read_text(encoding="utf-8").split("\n")
+    if lines.pop() or not lines:
+        raise ValueError(f"{checkpoint / HISTORY} is empty or ends within a line")
+    return [json.loads(line) for line in lines]
 
 
 def seed_from(checkpoint: Path, checkpoints: Path) -> None:
@@ -66,11 +91,12 @@ def seed_from(checkpoint: Path, checkpoints: Path) -> None:
 def hardlink_copy(checkpoint: Path, folder: Path) -> None:
     """Copy a checkpoint into another folder, atomically. Files are hard-linked where the file system supports it:
     checkpoint files are never modified."""
-    target, temporary = folder / checkpoint.name, folder / f".{checkpoint.name}"
-    for old in (target, temporary):
-        shutil.rmtree(old, ignore_errors=True)
+    target = folder / checkpoint.name
+    shutil.rmtree(target, ignore_errors=True)
+    remove_temporaries(target)
+    temporary = temporary_name(target)
     shutil.copytree(checkpoint, temporary, copy_function=_link_or_copy)
-    temporary.rename(target)
+    publish_folder(temporary, target)
 
 
 def _link_or_copy(source: str, target: str) -> None:

@@ -13,6 +13,7 @@ from tunery.models.load import Source
 from tunery.models.reward_functions import RewardOrigin
 from tunery.models.tokenized_dataset import Integers, TokenStats
 from tunery.spec import Compute, Training
+from tunery.store.atomic_write import sync_tree, write_text
 from tunery.store.rows import Row, read_rows
 
 
@@ -145,7 +146,8 @@ def write_once(folder: Path, rank: int, write: Callable[[Path], None]) -> Source
 
     if rank == 0 and not (folder / "whole").is_file():
         write(folder)
-        (folder / "whole").touch()
+        sync_tree(folder)
+        write_text(folder / "whole", "")
     dist.barrier()
     return {"pretrained": str(folder), "revision": None}
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import Stopped
+from tunery.store.atomic_write import write_text
 from tunery.training.batches import evenly_spaced_steps
 from tunery.training.checkpoints import (
     HISTORY,
@@ -230,4 +231,4 @@ class LoopControl:
         """Write history.jsonl to the artifact, and facts and runtime stats to `job.staging_dir`, where `run_training`
         reads them. Call on rank 0 only."""
         (self.job.out / HISTORY).write_text("".join(json.dumps(point) + "\n" for point in self.history))
-        (self.job.staging_dir / "outcome.json").write_text(json.dumps({"facts": facts, "runtime_stats": runtime_stats}))
+        write_text(self.job.staging_dir / "outcome.json", json.dumps({"facts": facts, "runtime_stats": runtime_stats}))

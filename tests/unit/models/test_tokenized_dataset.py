@@ -18,7 +18,7 @@ from tunery.models.encode import Encoding
 from tunery.models.encode_rows import RowEncoding, encode_conversations, encode_documents
 from tunery.models.load import load_tokenizer
 from tunery.models.token_cache import TokenCache, cache_key
-from tunery.models.tokenized_dataset import TokenizedDataset
+from tunery.models.tokenized_dataset import TokenizedDataset, is_complete
 from tunery.models.truncation import encode_sequences
 from tunery.store import rows as store_rows
 from tunery.store.rows import CONTENT, write_rows
@@ -127,12 +127,27 @@ def test_concurrent_openers_build_once(rows: Path, tokenizer: Any, tmp_path: Pat
 def test_interrupted_build_is_repeated(rows: Path, tokenizer: Any, tmp_path: Path) -> None:
     complete = build(tmp_path / "complete", rows, tokenizer, Encoding(24))
     key = complete.folder.name
-    staging = tmp_path / "interrupted" / "tokenized" / f"{key}.staging-1"
+    staging = tmp_path / "interrupted" / "tokenized" / f".{key}.0123456789abcdef"
     staging.mkdir(parents=True)
     (staging / "tokens.bin").write_bytes(b"half")
     rebuilt = build(tmp_path / "interrupted", rows, tokenizer, Encoding(24))
     assert (rebuilt.folder / "tokens.bin").read_bytes() == (complete.folder / "tokens.bin").read_bytes()
     assert not staging.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["stats.json", "tokens.bin", "offsets.npy", "spans.npy", "span_offsets.npy", "row_ids.npy", "labels.npy"]
+)
+def test_dataset_with_a_truncated_file_is_built_again(name: str, rows: Path, tokenizer: Any, tmp_path: Path) -> None:
+    folder = build(tmp_path, rows, tokenizer, Encoding(24)).folder
+    assert is_complete(folder)
+    content = (folder / name).read_bytes()
+    size = len(content.rstrip(b"\n")) if name == "stats.json" else len(content)
+    for length in {*range(0, size, 97), size - 1}:
+        (folder / name).write_bytes(content[:length])
+        assert not is_complete(folder), length
+    build(tmp_path, rows, tokenizer, Encoding(24))
+    assert (folder / name).read_bytes() == content
 
 
 def test_cache_key_covers_exactly_rows_tokenizer_template_and_settings(
