@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tunery.errors import RequestError, StoreError
-from tunery.store.atomic_write import read_json, sync_path, sync_tree, write_json
+from tunery.store.atomic_write import read_json, sync_folders, sync_path, write_json
 from tunery.store.checksums import MANIFEST, RUNTIME_STATS, write_checksums
 from tunery.store.lease import Lease, LeaseLost
 
@@ -150,8 +150,8 @@ class Store:
         final.parent.mkdir(parents=True, exist_ok=True)
         write_json(folder / RUNTIME_STATS, runtime_stats)
         write_json(folder / MANIFEST, manifest)
-        write_checksums(folder, visit=sync_path)  # several files are synced at once
-        sync_tree(folder)
+        write_checksums(folder, visit=sync_path)  # syncs several files at once
+        sync_folders(folder)
         try:
             with lease.fenced():
                 if (existing := read_artifact(final)) is None:

@@ -91,6 +91,12 @@ def sync_tree(folder: Path) -> None:
     sync_path(folder)
 
 
+def sync_folders(folder: Path) -> None:
+    """Sync `folder` and the folders in it, without their files, which are on the disk already."""
+    for path, _, _ in os.walk(folder):
+        sync_path(Path(path))
+
+
 def sync_path(path: Path) -> None:
     """Sync a file or the entries of a folder to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

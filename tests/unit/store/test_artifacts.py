@@ -89,7 +89,7 @@ def commit_and_die_at(step: str, root: Path) -> None:
 
     Path.replace = replace_or_die
     if step == "sync":
-        artifacts_module.sync_tree = die
+        artifacts_module.sync_folders = die
     if step == "rename":
         Path.rename = die
     store = Store(root)
