@@ -10,7 +10,7 @@ import signal
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TextIO
+from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
 import typer
 
@@ -482,6 +482,85 @@ def _follow(api: JobsApi, job: str) -> None:
             cause=info.message or "",
             remedy=f"`tunery submit --resume {job}` runs it again from its finished stages and last checkpoint",
         )
+
+
+store_app = typer.Typer(no_args_is_help=True, help="List, verify and clean the artifacts of a store.")
+app.add_typer(store_app, name="store")
+
+
+@store_app.command("ls")
+def store_ls(
+    store: StoreOption = DEFAULT_STORE,
+    kind: Annotated[str | None, typer.Option(help="Only artifacts of this stage kind.", show_default=False)] = None,
+    sort: Annotated[
+        Literal["size", "age", "name"], typer.Option(help="Order: largest first, oldest first, or by kind.")
+    ] = "name",
+    as_json: Json = False,
+) -> None:
+    """List the artifacts of a store: size, age and the runs that refer to them."""
+    from rich.console import Console
+
+    from tunery.store import Store as TheStore
+    from tunery.store_commands.artifact_list import list_artifacts
+    from tunery.store_commands.store_views import list_lines
+
+    listing = list_artifacts(TheStore(store), kind=kind, order=sort)
+    if as_json:
+        print(json.dumps(listing.as_json(), indent=1))
+    else:
+        console = Console()
+        print("\n".join(list_lines(listing, console.width if console.is_terminal else None)))
+
+
+@store_app.command("verify")
+def store_verify(
+    fingerprints: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="FINGERPRINT",
+            help="Artifacts to verify; a unique prefix is enough. Default: all.",
+            show_default=False,
+        ),
+    ] = None,
+    store: StoreOption = DEFAULT_STORE,
+    as_json: Json = False,
+) -> None:
+    """Recompute the checksums of artifacts. Reports missing, changed and additional files; exit code 1 if there are
+    any."""
+    from rich.console import Console
+
+    from tunery.store import Store as TheStore
+    from tunery.store_commands.integrity import verify_artifacts
+    from tunery.store_commands.store_views import verify_lines, verify_progress
+
+    with verify_progress(Console(stderr=True, highlight=False)) as watch:
+        verification = verify_artifacts(TheStore(store), fingerprints or (), watch)
+    print(
+        json.dumps(verification.as_json(), indent=1) if as_json else "\n".join(verify_lines(verification)), flush=True
+    )
+    verification.raise_if_damaged()
+
+
+@store_app.command("gc")
+def store_gc(
+    store: StoreOption = DEFAULT_STORE,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be removed, and remove nothing.")
+    ] = False,
+    unfinished: Annotated[
+        bool, typer.Option("--unfinished", help="Also remove checkpoints from which interrupted runs would resume.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove artifacts that no run in the store refers to, and what interrupted processes have left."""
+    from tunery.store import Store as TheStore
+    from tunery.store_commands.garbage_collection import collect_garbage
+    from tunery.store_commands.store_views import gc_lines
+
+    result = collect_garbage(
+        TheStore(store), dry_run=dry_run, unfinished=unfinished, notify=partial(print, file=sys.stderr, flush=True)
+    )
+    print(json.dumps(result.as_json(), indent=1) if as_json else "\n".join(gc_lines(result)))
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -133,6 +134,20 @@ log: {folder / "logs" / "driver.log"}
 """
 
 
+def _report_wait() -> Callable[[str], None]:
+    """Return the function that is called every second while a run waits for `tunery store gc`. It prints one line, if
+    the wait is not just that for another run that starts."""
+    seconds = 0
+
+    def wait(holder: str) -> None:
+        nonlocal seconds
+        seconds += 1
+        if seconds == 2:
+            print(f"waiting for `tunery store gc`: {holder}", file=sys.stderr, flush=True)
+
+    return wait
+
+
 @contextmanager
 def _single_run_lock(store: Store, folder: Path) -> Iterator[None]:
     """Refuse a second concurrent run of the same name, which would write to the same event log. If `tunery store gc` is
@@ -140,7 +155,7 @@ def _single_run_lock(store: Store, folder: Path) -> Iterator[None]:
     store.create()
     try:
         with Lease(folder / "lease"):
-            with STOP.released(), store.gc_lease(lambda holder: None):
+            with STOP.released(), store.gc_lease(_report_wait()):
                 pass
             yield
     except LeaseHeld as held:

@@ -162,10 +162,13 @@ def test_commands_and_options_of_the_documentation_exist(path: Path) -> None:
     unknown = []
     for line in commands_of(path):
         name, *words = shlex.split(line.replace("\\|", "|"), comments=True)
-        if name not in COMMANDS:
+        command = COMMANDS.get(name)
+        if subcommands := getattr(command, "commands", None):
+            command = subcommands.get(words[0]) if words else None
+        if command is None:
             unknown.append(line)
             continue
-        options = {option for item in COMMANDS[name].params for option in (*item.opts, *item.secondary_opts)}
+        options = {option for item in command.params for option in (*item.opts, *item.secondary_opts)}
         unknown += [f"{line}: {word}" for word in words if word.startswith("--") and word not in options]
     assert unknown == []
 

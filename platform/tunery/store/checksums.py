@@ -86,20 +86,21 @@ def read_checksums(artifact: Path) -> list[FileChecksum] | None:
         return None
 
 
-def total_bytes(artifact: Path) -> int:
-    """Return the size of an artifact: from its checksums, or of its files if it has none."""
+def size_and_time(artifact: str) -> tuple[int, float]:
+    """Return the bytes of an artifact, and when it was committed in seconds since the epoch: from checksums.json, of
+    which only the beginning is read. If there is none, the size of its files and the time of the folder."""
     try:
-        descriptor = os.open(artifact / CHECKSUMS, os.O_RDONLY)
+        descriptor = os.open(f"{artifact}/{CHECKSUMS}", os.O_RDONLY)
     except FileNotFoundError:
-        head = b""
+        pass
     else:
         try:
-            head = os.read(descriptor, HEAD_BYTES)
+            if (match := _TOTAL.match(os.read(descriptor, HEAD_BYTES))) is not None:
+                return int(match[1]), os.fstat(descriptor).st_mtime
         finally:
             os.close(descriptor)
-    if (match := _TOTAL.match(head)) is not None:
-        return int(match[1])
-    return sum((artifact / name).stat(follow_symlinks=False).st_size for name in files_of(artifact))
+    folder = Path(artifact)
+    return sum((folder / name).stat().st_size for name in files_of(folder)), folder.stat().st_mtime
 
 
 def sha256_of(path: Path, progress: Callable[[int], object] = lambda count: None) -> tuple[int, str]:

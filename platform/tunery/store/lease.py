@@ -21,7 +21,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -166,6 +166,37 @@ def active_owner(path: Path) -> str | None:
     else:
         alive = _age(owner) <= EXPIRY
     return _describe(owner) if alive else None
+
+
+def live_owners(
+    leases: Iterable[Lease], wait: Callable[[Collection[str]], object] = lambda owners: None
+) -> dict[Lease, str]:
+    """Return a description of the owner of each lease whose owner is alive. The others can then be acquired without
+    waiting.
+
+    Unlike `active_owner` this does not depend on clocks. If the last heartbeat of an owner on another host seems old,
+    wait up to EXPIRY seconds for the next one; `wait` is called about once per second with those owners.
+    """
+    alive: dict[Lease, str] = {}
+    unknown: dict[Lease, dict[str, Any]] = {}
+    for lease in leases:
+        owner = _read_owner(lease.path)
+        if owner is not None and lease._is_alive(owner):
+            if lease._may_be_dead():
+                unknown[lease] = owner
+            else:
+                alive[lease] = _describe(owner)
+    while unknown:
+        STOP.check()
+        wait(sorted({_describe(owner) for owner in unknown.values()}))
+        time.sleep(POLL_SECONDS)
+        for lease, before in list(unknown.items()):
+            owner = _read_owner(lease.path)
+            if owner is not None and owner != before:
+                alive[lease] = _describe(owner)
+            if owner is None or owner != before or not lease._is_alive(owner):
+                del unknown[lease]
+    return alive
 
 
 def _read_owner(path: Path) -> dict[str, Any] | None:

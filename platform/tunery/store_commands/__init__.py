@@ -1,0 +1,1 @@
+"""`tunery store`: list, verify and clean the artifacts of a store."""
