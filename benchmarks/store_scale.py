@@ -4,7 +4,7 @@
 
 Generates a store of tiny artifacts: one in 100 is a search of 20 trials, one in 10 is referred to by no run, and the
 others by one run or two, whose event logs have as many progress and metric events as a training of 200 logged steps.
-Prints seconds per command, each in a process of its own, with the files in the page cache.
+Prints wall and CPU seconds per command, each in a process of its own, with the files in the page cache.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -75,11 +76,18 @@ def write_store(store: Store, artifacts: int, runs: int, shards: int) -> None:
         log.path.write_text("\n".join([*lines, *steps]) + "\n")
 
 
-def seconds_of(*command: str) -> tuple[float, str]:
-    start = time.perf_counter()
+def cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def seconds_of(*command: str) -> tuple[float, float, str]:
+    """Return wall and CPU seconds of a command, and its last line."""
+    start, cpu_before = time.perf_counter(), cpu_seconds_of_children()
     done = subprocess.run([sys.executable, "-m", "tunery", *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    return time.perf_counter() - start, done.stdout.rstrip().splitlines()[-1]
+    seconds = time.perf_counter() - start
+    return seconds, cpu_seconds_of_children() - cpu_before, done.stdout.rstrip().splitlines()[-1]
 
 
 def main() -> None:
@@ -103,8 +111,8 @@ def main() -> None:
             ("store", "gc", "--dry-run", *option),
             ("store", "verify", *option),
         ):
-            seconds, last_line = seconds_of(*words)
-            print(f"{seconds:6.2f} s  tunery {' '.join(words[:3])}: {last_line}", flush=True)
+            seconds, cpu_seconds, last_line = seconds_of(*words)
+            print(f"{seconds:6.2f} s ({cpu_seconds:.2f} s CPU)  tunery {' '.join(words[:3])}: {last_line}", flush=True)
         start = time.perf_counter()
         for number in range(1000):
             store.find(KINDS[number % len(KINDS)], fingerprint_of(number))
