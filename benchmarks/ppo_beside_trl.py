@@ -52,6 +52,7 @@ from tunery.training.ppo.kl import kl_per_token, token_rewards
 from tunery.training.ppo.losses import policy_loss, value_loss
 from tunery.training.ppo.models import LanguageModel, ScalarHead, ScalarModel
 from tunery.training.ppo.rollouts import Rollouts, micro_batch
+from tunery.workers.cluster_resources import NodeResources
 
 PEER = Path(__file__).with_name("ppo_peer.py")
 EXPERIMENT = """
@@ -107,7 +108,7 @@ class Bench:
         file = self.folder / "experiment.yaml"
         file.write_text(EXPERIMENT)
         experiment = parse(read_yaml(EXPERIMENT, str(file)))
-        compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
+        compute, _ = resolve_compute(experiment.compute, Hardware([NodeResources(2)], "here"))
         where = RunContext(Store(self.folder / "store"), self.folder / "run", file)
         log = EventLog(where.events / "made.jsonl")
         made = execute(experiment.model_copy(update={"compute": compute}), where, log)

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from run_here import RunsHere, SharedSession
+from run_here import RunsHere
 from workspace import Workspace
 
-from tunery.events.event_log import EventLog
 from tunery.spec import Compute
 
 # Two pytest processes share the cores (Makefile), each with several processes: more threads would wait for each other.
@@ -54,11 +53,8 @@ def before_sft(complete_run: Workspace, tmp_path: Path) -> Workspace:
 @pytest.fixture(scope="session")
 def runs_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunsHere]:
     """Ray with two CPUs, and two workers that all tests share."""
-    logs = tmp_path_factory.mktemp("ray")
-    session = SharedSession(EventLog(logs / "events.jsonl"), logs)
-    compute = Compute(workers=2, device="cpu", save_steps=10, max_failures=0)
+    runs = RunsHere(Compute(workers=2, device="cpu", save_steps=10, max_failures=0), tmp_path_factory.mktemp("ray"))
     try:
-        session.start(compute)
-        yield RunsHere(session, compute)
+        yield runs
     finally:
-        session.shut_down()
+        runs.session.shut_down()

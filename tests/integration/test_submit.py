@@ -126,7 +126,7 @@ def test_experiment_that_can_not_run_there_is_refused_before_a_job_starts(
     bench.file.write_text(bench.file.read_text().replace("workers: 3", "workers: 3\n  cpus_per_worker: 2"))
     refused = bench.tunery("submit", str(bench.file), **cluster)
     assert refused.returncode == 2, refused.stdout + refused.stderr
-    assert "compute needs 3 workers x 2 CPU" in refused.stderr or "no place for 3 workers" in refused.stderr
+    assert "compute needs 3 workers with 2 CPUs each" in refused.stderr or "no place for 3 workers" in refused.stderr
     wrong_token = {**cluster, "RAY_AUTH_TOKEN": "0" * 64}
     refused = bench.tunery("submit", str(bench.file), **wrong_token)
     assert refused.returncode == 2, refused.stdout + refused.stderr

@@ -17,6 +17,7 @@ from tunery.pipeline.run_context import RunContext
 from tunery.run import validate_experiment
 from tunery.spec import load
 from tunery.store import Store
+from tunery.workers.cluster_resources import NodeResources
 
 
 def run_filter_in_process(
@@ -31,7 +32,7 @@ def run_filter_in_process(
     with command_line_errors(request, generated):
         experiment, source = load(request.file)
         experiment = validate_experiment(experiment, source, Store(Path(store)))
-        compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
+        compute, _ = resolve_compute(experiment.compute, Hardware([NodeResources(2)], "here"))
         stage, folder = experiment.stages[ROWS], request.file.parent
         files = RowFiles(request, Path(dropped) if dropped else None, generated, stage, source_identity(stage, folder))
         run_context = RunContext(Store(Path(store)), Path(store) / "run", request.file)

@@ -39,10 +39,11 @@ def _build_stages(file: Path, store: Path, names: tuple[str, ...]) -> dict[str, 
     from tunery.spec import load
     from tunery.spec.graph import with_upstream
     from tunery.store import Store
+    from tunery.workers.cluster_resources import NodeResources
 
     os.chdir(file.parent)
     experiment, _ = load(file)
-    compute, _ = resolve_compute(experiment.compute, Hardware(2, 0, "here"))
+    compute, _ = resolve_compute(experiment.compute, Hardware([NodeResources(2)], "here"))
     run_context = RunContext(Store(store), store / "run", file)
     results: dict[str, dict[str, Any]] = {}
     for targets in [[name] for name in names] or [list(experiment.stages)]:

@@ -1,4 +1,4 @@
-"""Run experiments in the test process, on a Ray session and two workers that are started once per module."""
+"""Run experiments in the test process, on a Ray session and two workers that are started once per test process."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, TextIO
 from unittest.mock import patch
 
+from ray._private import state
 from workspace import Workspace
 
 import tunery.live
@@ -26,6 +28,10 @@ from tunery.pipeline.run_context import RunContext
 from tunery.spec import Compute, load
 from tunery.store import Artifact, Store
 from tunery.training.launch import WorkersLauncher
+from tunery.workers.cluster_resources import free_resources
+
+RETURN_SECONDS = 60.0
+"""Time limit for the CPUs of a run to be free again."""
 
 
 class SharedSession(RaySession):
@@ -37,12 +43,31 @@ class SharedSession(RaySession):
     def shut_down(self) -> None:
         super().stop()
 
+    def reserved_by_others(self) -> str:
+        """Wait until the workers are the only ones that reserve CPUs; return a description of the actors if others
+        still do after RETURN_SECONDS, else ""."""
+        assert self.hardware is not None, "started by the fixture"
+        deadline = time.monotonic() + RETURN_SECONDS
+        while self.hardware.cpus > sum(node.cpus for node in free_resources()) + self.workers.reserved_cpus:
+            if time.monotonic() > deadline:
+                actors = [actor for actor in state.actors().values() if actor["State"] != "DEAD"]
+                return "\n".join(f"{actor['ActorClassName']} (process {actor['Pid']})" for actor in actors)
+            time.sleep(0.2)
+        return ""
+
 
 @dataclass
 class RunsHere:
-    session: SharedSession
     compute: Compute
     """Two workers on the CPU."""
+    logs: Path
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.session = SharedSession(EventLog(self.logs / "events.jsonl"), self.logs)
+        self.session.start(self.compute)
 
     def execute(self, workspace: Workspace, **compute: Any) -> dict[str, Artifact]:
         """Run the stages of an experiment without a search on the workers; `compute` changes its compute settings."""
@@ -58,7 +83,8 @@ class RunsHere:
         )
 
     def tunery(self, bench: Workspace, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run a command of the CLI like `Workspace.tunery`, in this process: `tunery run` uses the running Ray."""
+        """Run a command of the CLI like `Workspace.tunery`, in this process: `tunery run` uses the running Ray. If it
+        leaves CPUs reserved, start Ray again for the next test and fail."""
         command = ["tunery", *words, "--store", str(bench.store)]
         environment = {"WANDB_MODE": "offline", "COLUMNS": "120"}
         with (
@@ -75,6 +101,10 @@ class RunsHere:
                 STOP.held(),
             ):
                 code = cli.run_command()
+            if reserved := self.session.reserved_by_others():
+                self.session.shut_down()
+                self.start()
+                raise AssertionError(f"the run left CPUs reserved; actors:\n{reserved}")
             return subprocess.CompletedProcess(command, code, _content(out), _content(err))
 
 

@@ -31,7 +31,7 @@ stages:
   sft:    {kind: sft, data: clean, model: base, epochs: 2, learning_rate: 1e-3, global_batch_size: 4,
            eval_data: validation, num_evals: 2}
   eval:   {kind: evaluate, models: [base, sft], data: {validation: validation}}
-compute: {workers: 2, zero_stage: 2, save_steps: 10}
+compute: {workers: 2, zero_stage: 2, save_steps: 10, max_failures: 0}
 """
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT / "platform"), "WANDB_MODE": "offline", "COLUMNS": "120"}
 

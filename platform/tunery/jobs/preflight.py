@@ -11,6 +11,7 @@ from typing import Any
 from tunery.errors import RequestError
 from tunery.pipeline.compute import Hardware
 from tunery.spec import Compute
+from tunery.workers.cluster_resources import NodeResources, describe_nodes, describe_workers, num_workers
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,14 @@ class NodeReport:
     error: str = ""
     """Why the node did not report; "" if it did."""
 
+    @property
+    def free(self) -> NodeResources:
+        return NodeResources(self.free_cpu, self.free_gpu)
+
+    @property
+    def total(self) -> NodeResources:
+        return NodeResources(self.total_cpu, self.total_gpu)
+
     @staticmethod
     def from_json(report: dict[str, Any]) -> NodeReport:
         return NodeReport(**report)
@@ -41,11 +50,7 @@ class NodeReport:
 
 def cluster_hardware(nodes: Sequence[NodeReport], address: str) -> Hardware:
     """Return the total resources of the cluster."""
-    return Hardware(
-        int(sum(node.total_cpu for node in nodes)),
-        int(sum(node.total_gpu for node in nodes)),
-        f"the cluster at {address}",
-    )
+    return Hardware([node.total for node in nodes], f"the cluster at {address}")
 
 
 def check_nodes(nodes: Sequence[NodeReport], store: str) -> None:
@@ -87,30 +92,17 @@ def check_placement(nodes: Sequence[NodeReport], compute: Compute) -> str:
     assert compute.workers != "auto", "resolved"
     assert compute.workers_per_trial != "auto", "resolved"
     needed = max(compute.workers, compute.workers_per_trial)
-    gpu = compute.device == "gpu"
-    cpus = compute.cpus_per_worker
-
-    def capacity(node: NodeReport, which: str) -> int:
-        by_cpu = int(getattr(node, f"{which}_cpu") // cpus)
-        return min(by_cpu, int(getattr(node, f"{which}_gpu"))) if gpu else by_cpu
-
-    each = f"{cpus} CPU{'s' if cpus > 1 else ''}" + (" and a GPU" if gpu else "")
-    demand = f"{needed} worker{'s' if needed > 1 else ''} with {each} each"
-    amounts = {
-        which: " + ".join(
-            f"{getattr(node, f'{which}_cpu'):g} CPUs" + (f" and {getattr(node, f'{which}_gpu'):g} GPUs" if gpu else "")
-            for node in nodes
-        )
-        for which in ("free", "total")
-    }
-    state = f"free now: {amounts['free']}; in total: {amounts['total']}"
-    if sum(capacity(node, "total") for node in nodes) < needed:
+    device, cpus = compute.device, compute.cpus_per_worker
+    free, total = [node.free for node in nodes], [node.total for node in nodes]
+    demand = describe_workers(needed, device, cpus)
+    state = f"free now: {describe_nodes(free, device)}; in total: {describe_nodes(total, device)}"
+    if num_workers(total, device, cpus) < needed:
         raise RequestError(
             f"the cluster has no place for {demand}",
             cause=f"a worker runs on one node; {state}",
             remedy="lower `compute.workers` or `compute.cpus_per_worker`, or add nodes",
         )
-    if sum(capacity(node, "free") for node in nodes) < needed:
+    if num_workers(free, device, cpus) < needed:
         return f"{demand} do not fit now and will wait for resources ({state})"
     return ""
 

@@ -11,18 +11,26 @@ from pathlib import Path
 
 from tunery.errors import RequestError
 from tunery.spec import Compute, Experiment, Training
+from tunery.workers.cluster_resources import NodeResources, describe_nodes, describe_workers, num_workers
 
 
 @dataclass(frozen=True)
 class Hardware:
-    cpus: int
-    gpus: int
+    nodes: Sequence[NodeResources]
     host: str
     gpu_gb: float | None = None
     """Memory of a GPU in GB, if it is known."""
 
+    @property
+    def cpus(self) -> int:
+        return int(sum(node.cpus for node in self.nodes))
 
-CPUS_PER_GPU = 8
+    @property
+    def gpus(self) -> int:
+        return int(sum(node.gpus for node in self.nodes))
+
+
+CPUS_PER_GPU = 16
 """Assumed for hardware that is described by its GPUs only."""
 
 
@@ -38,15 +46,15 @@ def parse_hardware(text: str) -> Hardware:
         )
     nodes, count = int(match[1] or 1), int(match[2])
     if gpu is None:
-        return Hardware(nodes * count, 0, text)
-    return Hardware(nodes * count * CPUS_PER_GPU, nodes * count, text, float(match[4]))
+        return Hardware([NodeResources(count)] * nodes, text)
+    return Hardware([NodeResources(count * CPUS_PER_GPU, count)] * nodes, text, float(match[4]))
 
 
 def local_hardware() -> Hardware:
     """Return the hardware of this machine without importing Ray or torch."""
     gpus = len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
     visible = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    return Hardware(len(os.sched_getaffinity(0)), visible, "this machine")
+    return Hardware([NodeResources(len(os.sched_getaffinity(0)), visible)], "this machine")
 
 
 def visible_gpus(present: int, cuda_visible_devices: str | None) -> int:
@@ -73,7 +81,7 @@ def resolve_compute(
     """Return compute without `auto` in workers and device, and the rule behind each. The number of workers divides all
     `batches`.
 
-    Raises RequestError if the workers do not fit on the hardware.
+    Raises RequestError if the workers do not fit on the nodes of the hardware.
     """
     rules: dict[str, str] = {}
     values: dict[str, object] = {}
@@ -82,7 +90,7 @@ def resolve_compute(
         device = "gpu" if hardware.gpus else "cpu"
         rules["device"] = f"{hardware.host} has {hardware.gpus} GPUs"
     values["device"] = device
-    capacity = hardware.gpus if device == "gpu" else hardware.cpus // compute.cpus_per_worker
+    capacity = num_workers(hardware.nodes, device, compute.cpus_per_worker)
     if compute.workers != "auto":
         workers = compute.workers
     else:
@@ -98,16 +106,17 @@ def resolve_compute(
         rules["workers_per_trial"] = "trials run concurrently, with one worker each"
     values |= {"workers": workers, "workers_per_trial": per_trial}
     if (needed := max(workers, per_trial)) > capacity:
-        unit = "GPU" if device == "gpu" else f"{compute.cpus_per_worker} CPU"
-        has = f"{hardware.gpus} GPUs" if device == "gpu" else f"{hardware.cpus} CPUs"
+        demand = describe_workers(needed, device, compute.cpus_per_worker)
+        has = describe_nodes(hardware.nodes, device)
         field = "workers" if needed == workers else "workers_per_trial"
+        largest = int(max(node.cpus for node in hardware.nodes))
         if capacity:
             remedy = f"set `compute: {{{field}: {capacity}}}`, or connect to a larger cluster (RAY_ADDRESS)"
-        elif device == "gpu":
+        elif device == "gpu" and not hardware.gpus:
             remedy = "set `compute: {device: cpu}`, or connect to a cluster with GPUs (RAY_ADDRESS)"
         else:
-            remedy = f"set `compute: {{cpus_per_worker: {hardware.cpus}}}` or less, or connect to a larger cluster"
-        raise RequestError(f"compute needs {needed} workers x {unit}; {hardware.host} has {has}", remedy=remedy)
+            remedy = f"set `compute: {{cpus_per_worker: {largest}}}` or less, or connect to a larger cluster"
+        raise RequestError(f"compute needs {demand}; {hardware.host} has {has}", remedy=remedy)
     return compute.model_copy(update=values), rules
 
 
@@ -116,7 +125,7 @@ def concurrent_trials(compute: Compute, hardware: Hardware) -> tuple[int, str]:
     deadlock while all of them wait for workers."""
     workers = compute.workers_per_trial
     assert workers != "auto", "resolve_compute was called"
+    count = max(1, num_workers(hardware.nodes, compute.device, compute.cpus_per_worker) // workers)
     if compute.device == "gpu":
-        return max(1, hardware.gpus // workers), f"{hardware.gpus} GPUs / {workers} per trial"
-    cpus = workers * compute.cpus_per_worker
-    return max(1, hardware.cpus // cpus), f"{hardware.cpus} CPUs / {cpus} per trial"
+        return count, f"{hardware.gpus} GPUs / {workers} per trial"
+    return count, f"{hardware.cpus} CPUs / {workers * compute.cpus_per_worker} per trial"

@@ -102,6 +102,12 @@ def _cause(chain: list[BaseException], run_context: RunContext) -> tuple[str, st
             _line(text, "memory"),
             "lower compute.micro_batch_size or compute.workers, or use a machine with more memory; " + resume,
         )
+    if names & {"WorkerGroupStartupTimeoutError"}:
+        return (
+            "the workers did not start in time",
+            "the cluster has no free resources for them, or its nodes cannot start a process",
+            "wait until other jobs have ended, or lower compute.workers; " + resume,
+        )
     if "error raised in its creation task" in text:  # an actor of Ray Train or of an actor pool
         message, cause = _innermost(chain)
         return "a worker could not start", _joined(f"{message}\n{cause}"), "see the log for the traceback"
@@ -115,7 +121,7 @@ def _cause(chain: list[BaseException], run_context: RunContext) -> tuple[str, st
             + "; the worker reported no error",
             "check the memory of the machine (dmesg), "
             + resume
-            + "; compute.max_failures makes a run do that by itself",
+            + "; a larger compute.max_failures makes a run do that by itself",
         )
     message, cause = _innermost(chain)
     return message, cause, "see the log for the traceback"

@@ -17,10 +17,14 @@ from tunery.interrupt import STOP, BackgroundCall
 from tunery.pipeline.compute import Hardware
 from tunery.pipeline.ray_address import CONNECT_SECONDS, check_reachable, cluster_address, connection_failed
 from tunery.spec import Compute
+from tunery.workers.cluster_resources import total_resources
 from tunery.workers.worker_group import CurrentWorkerGroup
 
 QUIET_ENV = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # Ray Train would print the output of all workers, 1,600 lines in a short run
+    # Other jobs may use the cluster, nodes may have to start, and the workers import torch from a slow file system.
+    # After its default of 60 s Ray Train (2.60) fails the run.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "3600",
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
@@ -76,10 +80,7 @@ class RaySession:
         else:
             where = "this machine"
             self._start_here(compute)
-        import ray
-
-        resources = ray.cluster_resources()
-        self._hardware = Hardware(int(resources.get("CPU", 0)), int(resources.get("GPU", 0)), where)
+        self._hardware = Hardware(total_resources(), where)
         self._log.write("ray_started", seconds=time.time() - start_time)
         import ray.data
 

@@ -31,7 +31,7 @@ from tunery.training.launch import InProcessLauncher, PackLauncher, WorkersLaunc
 from tunery.workers.worker_group import CLOSE_SECONDS, CurrentWorkerGroup
 
 CLEANUP_SECONDS = 2 * CLOSE_SECONDS
-"""How long a stopped trial has to close its workers."""
+"""How long a stopped trial has to close its workers, or to leave its pack."""
 FINISHED = "finished"
 """Key in the final report of a trial that was not stopped."""
 
@@ -78,7 +78,7 @@ class TrialFunction:
                 return PackLauncher(self.pack_scheduler, **fields)
             return InProcessLauncher(**fields) if compute.workers == 1 else WorkersLauncher(workers, compute, **fields)
 
-        if compute.workers != 1:
+        if compute.workers != 1 or not self.unpackable_reason(overrides):
             _wait_for_this_thread_at_cleanup()
         was_cached = curve is not None and self._is_cached(trial_spec, curve)
         try:
@@ -129,9 +129,9 @@ class TrialFunction:
 
 
 def _wait_for_this_thread_at_cleanup() -> None:
-    """Make Tune wait until this thread has closed its workers, if a scheduler stops the trial. Otherwise
-    `FunctionTrainable.cleanup` (Ray 2.60) waits 0 s for the thread and ends the process, and the resources of the
-    workers stay reserved."""
+    """Make Tune wait until this thread has closed its workers or left its pack, if a scheduler stops the trial.
+    Otherwise `FunctionTrainable.cleanup` (Ray 2.60) waits 0 s for the thread and ends the process: the resources of the
+    workers stay reserved, and the pack trains on until it notices."""
     from ray.train._internal.session import get_session
 
     session = get_session()

@@ -27,7 +27,7 @@ from tunery.search.population import Population
 from tunery.search.space import curve_stage, metric_stages, trial_experiment, with_seed
 from tunery.search.steering import SearchControl
 from tunery.search.suggest import suggester
-from tunery.search.trial import TrialFunction
+from tunery.search.trial import CLEANUP_SECONDS, TrialFunction
 from tunery.search.warm_start import earlier_trials
 from tunery.spec import Experiment, Search
 from tunery.spec.graph import with_upstream
@@ -191,13 +191,19 @@ def _run_and_commit(
 
 def _remove_staging_dirs(experiment: Experiment, run_context: RunContext, records: list[JournalRecord]) -> None:
     """Delete the checkpoints of stopped trials: after the search no trial resumes from them."""
+    deadline = time.monotonic() + CLEANUP_SECONDS
+
+    def wait(holder: str) -> None:
+        if time.monotonic() > deadline:  # not a trial that is ending, but another run that builds it
+            raise LeaseHeld(holder)
+
     for record in records:
         if record.outcome is not None and record.outcome["state"] != "stopped":
             continue
         trial = trial_experiment(experiment, record.start.overrides)
         for name, cache_key in fingerprints(trial, run_context.folder).items():
             kind = trial.stages[name].kind
-            with suppress(LeaseHeld), run_context.store.lease(kind, cache_key):  # another run may be building it
+            with suppress(LeaseHeld), run_context.store.lease(kind, cache_key, wait):
                 shutil.rmtree(run_context.store.staging_dir(kind, cache_key), ignore_errors=True)
 
 
@@ -223,7 +229,7 @@ def _run_tuner(
     from tunery.search.progress import JournalCallback
     from tunery.search.queue import Queue
     from tunery.search.schedulers import build_scheduler
-    from tunery.training.packed.pack_server import start_pack_scheduler
+    from tunery.training.packed.pack_server import close_pack_scheduler, start_pack_scheduler
 
     os.environ.update(TUNE_ENV)
     shutil.rmtree(staging_dir / "tune", ignore_errors=True)
@@ -291,6 +297,8 @@ def _run_tuner(
         ),
     )
     interruptible(tuner.fit)
+    if pack_scheduler is not None:
+        close_pack_scheduler(pack_scheduler)
     # Tune (2.60) calls no callback for trials that a Stopper ends. Without a Stopper no trial is open here.
     for start in journal.open_trials:
         journal.mark_stopped(start.trial, search.metrics)

@@ -41,9 +41,11 @@ class Compute(Config):
     save_steps: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Optimizer steps between checkpoints, each written at the next step whose loss is logged. auto: a tenth of the
     training, at least 20; in PPO a tenth of its steps, each a batch of responses."""
-    max_failures: Annotated[int, Field(ge=0)] = 0
+    max_failures: Annotated[int, Field(ge=0)] = 1
     """How often a training whose worker died or raised an error resumes from its last checkpoint before the run fails.
-    A trial of one worker, which trains in its own process, is retried once instead."""
+    The first retry starts after at least 5 s, each further one after twice the time. The death of a node, such as its
+    preemption, does not count. Errors in the experiment or its data are not retried. A trial of one worker, which
+    trains in its own process, is retried once instead."""
     max_packed_trials: Annotated[int, Field(ge=1)] | Auto = AUTO
     """Maximum number of LoRA trials of a search that share one copy of their base, and its forward passes, on a worker.
     auto: 4, on a GPU up to 8 as memory allows. 1: each trial has its own copy."""

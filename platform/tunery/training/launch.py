@@ -23,6 +23,7 @@ from tunery.training.auto import resolve_auto
 from tunery.training.checkpoints import seed_from
 from tunery.training.job import Job, Report, RowSource
 from tunery.training.packed.pack_server import train_packed
+from tunery.workers.cluster_resources import free_resources, num_workers
 from tunery.workers.map_tasks import Task, map_in_process, map_on_cpus
 from tunery.workers.worker_group import CurrentWorkerGroup
 
@@ -136,8 +137,7 @@ class WorkersLauncher(_Launcher):
     def _map_on_cpus(
         self, callable_class: type, constructor_args: tuple[Any, ...], tasks: list[Task]
     ) -> Iterator[Task]:
-        free, group = _free_cpus(), self.workers.running(self.compute)
-        reserved = group.num_workers * self.compute.cpus_per_worker if group is not None else 0
+        free, reserved = num_workers(free_resources(), "cpu", 1), self.workers.reserved_cpus
         if reserved > free:  # reserved by the workers, which are idle while this stage runs
             return map_on_cpus(callable_class, constructor_args, tasks, reserved, num_cpus=0)
         return map_on_cpus(callable_class, constructor_args, tasks, max(1, free))
@@ -197,10 +197,3 @@ class PackLauncher(InProcessLauncher):
 
     def train(self, job: Job) -> None:
         train_packed(job, self.pack_scheduler, self.report)
-
-
-def _free_cpus() -> int:
-    """Return the number of CPUs of the cluster that no actor has reserved."""
-    import ray
-
-    return int(ray.available_resources().get("CPU", 0))

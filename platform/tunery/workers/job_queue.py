@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -19,6 +19,11 @@ Pickled = bytes
 MAX_IDLE_FAILURES = 3
 """Consecutive failures that interrupt no work, such as a lack of memory while workers start. One more fails the pending
 tasks."""
+MAX_NODE_DEATHS = 10
+"""Deaths of nodes (preemption, hardware) that a job, or a task, tolerates in addition to its failures, or crashes."""
+BACKOFF_SECONDS = 5.0
+"""Minimum time between the first failure of a job and its next attempt. It doubles with each failure."""
+MAX_BACKOFF_SECONDS = 60.0
 MAX_WAIT_SECONDS = 1.0
 """Maximum duration of a call that waits for results. The run handles signals between two calls."""
 
@@ -30,6 +35,10 @@ class _Job:
     """(function, argument)."""
     max_failures: int
     failures: int = 0
+    node_deaths: int = 0
+    attempts: int = 1
+    start_time: float = 0.0
+    """Time of the event loop before which the next attempt does not start."""
     finished: set[int] = field(default_factory=set)
     """Ranks that have finished."""
     reports: list[dict[str, float]] = field(default_factory=list)
@@ -54,6 +63,8 @@ class _Task:
     """Columns of the task."""
     crashes: int = 0
     """How many workers have died while they ran it."""
+    node_deaths: int = 0
+    """How many of their nodes have died."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,8 @@ class JobUpdate:
     """State of the current job, and its reports since the last update."""
 
     state: Literal["open", "done", "stopped", "failed"]
-    failures: int
-    """Number of failures so far."""
+    attempts: int
+    """Number of attempts so far, including the current one."""
     reports: list[dict[str, float]]
     errors: Pickled
     """{rank: exception} of the last failure."""
@@ -98,8 +109,9 @@ class TaskResult:
 class JobQueue:
     """An asynchronous Ray actor: calls that wait do not block others."""
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, backoff_seconds: float = BACKOFF_SECONDS) -> None:
         self._num_workers = num_workers
+        self._backoff_seconds = backoff_seconds
         self._changed = asyncio.Condition()
         self._closed = False
         self._sessions: dict[int, int] = dict.fromkeys(range(num_workers), 0)
@@ -119,6 +131,7 @@ class JobQueue:
         """Task of each rank that runs one."""
         self._results: list[TaskResult] = []
         self._idle_failures = 0
+        self._timer: asyncio.Task[None] | None = None
 
     # Called by workers.
 
@@ -137,7 +150,8 @@ class JobQueue:
         def find_work() -> Work | None:
             job = self._job
             if job is not None and job.state == "open" and job.number > last_job:
-                return Work("job", job.number, job.call) if len(self._joined) == self._num_workers else None
+                is_ready = len(self._joined) == self._num_workers and _now() >= job.start_time
+                return Work("job", job.number, job.call) if is_ready else None
             if self._pending:
                 task = self._running[rank] = self._pending.popleft()
                 return Work("task", self._callable_class_number, self._callable_class, task.values, task.crashes)
@@ -183,9 +197,14 @@ class JobQueue:
 
     # Called by Ray Train's controller.
 
-    async def fail(self, ranks: list[int], errors: Pickled) -> None:
-        """Register that these ranks have raised an error or died, after which Ray Train restarts all workers. `errors`:
-        {rank: exception}."""
+    async def fail(
+        self, ranks: list[int], errors: Pickled, node_died: Collection[int] = (), is_final: bool = False
+    ) -> None:
+        """Register that these ranks have raised an error or died, after which Ray Train restarts all workers.
+
+        errors: {rank: exception}; node_died: ranks whose node died, for which no row or training is to blame; is_final:
+        whether another attempt at the job would fail with the same error.
+        """
         async with self._changed:
             job = self._job
             is_job_open = job is not None and job.state == "open"
@@ -195,7 +214,10 @@ class JobQueue:
                     self._add_result(self._pending.popleft(), b"", errors)
             for rank in ranks:
                 if (task := self._running.get(rank)) is not None:
-                    task.crashes += 1
+                    if rank in node_died and task.node_deaths < MAX_NODE_DEATHS:
+                        task.node_deaths += 1
+                    else:
+                        task.crashes += 1
                     if task.crashes > self._max_crashes:
                         self._add_result(self._running.pop(rank), b"", errors)
             self._joined.clear()
@@ -203,12 +225,30 @@ class JobQueue:
                 self._sessions[rank] += 1
                 self._requeue(rank)
             if job is not None and is_job_open:
-                job.failures += 1
                 job.errors = errors
                 job.finished.clear()
-                if job.failures > job.max_failures:
+                if node_died and job.node_deaths < MAX_NODE_DEATHS:
+                    job.node_deaths += 1
+                else:
+                    job.failures += 1
+                if job.failures > job.max_failures or is_final:
                     job.state = "failed"
+                else:
+                    job.attempts += 1
+                    self._delay(job)
             self._changed.notify_all()
+
+    def _delay(self, job: _Job) -> None:
+        """Let the next attempt at the job start after a time that doubles with its failures."""
+        seconds = min(self._backoff_seconds * 2 ** max(0, job.failures - 1), MAX_BACKOFF_SECONDS)
+        job.start_time = _now() + seconds
+
+        async def notify() -> None:
+            await asyncio.sleep(seconds)
+            async with self._changed:
+                self._changed.notify_all()
+
+        self._timer = asyncio.create_task(notify())  # the event loop itself keeps no reference
 
     # Called by the run.
 
@@ -226,8 +266,8 @@ class JobQueue:
                 self._job.is_cancelled = True
                 self._changed.notify_all()
 
-    async def job_update(self, failures: int, num_processed: int) -> JobUpdate:
-        """Wait for reports, for a failure beyond the `failures` that the caller knows, or for the end of the job, at
+    async def job_update(self, attempts: int, num_processed: int) -> JobUpdate:
+        """Wait for reports, for an attempt beyond the `attempts` that the caller knows, or for the end of the job, at
         most MAX_WAIT_SECONDS. Return the update. `num_processed`: number of reports that the caller has processed."""
         job = self._job
         assert job is not None, "called after submit_job"
@@ -236,12 +276,12 @@ class JobQueue:
             self._changed.notify_all()
 
         def find_update() -> JobUpdate | None:
-            if not job.reports and job.state == "open" and job.failures == failures:
+            if not job.reports and job.state == "open" and job.attempts == attempts:
                 return None
             reports, job.reports = job.reports, []
-            return JobUpdate(job.state, job.failures, reports, job.errors)
+            return JobUpdate(job.state, job.attempts, reports, job.errors)
 
-        return await self._wait_for(find_update, seconds=MAX_WAIT_SECONDS) or JobUpdate("open", failures, [], b"")
+        return await self._wait_for(find_update, seconds=MAX_WAIT_SECONDS) or JobUpdate("open", attempts, [], b"")
 
     async def submit_tasks(self, callable_class: Pickled, tasks: list[dict[str, Any]], max_crashes: int) -> None:
         """Replace all tasks. `callable_class`: (callable class, constructor arguments). Workers keep their instance of
@@ -288,12 +328,12 @@ class JobQueue:
     ) -> T | None:
         """Wait until `get` returns a value other than None, and return it. Return None when `should_end` returns True,
         or after `seconds`."""
-        deadline = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        deadline = None if seconds is None else _now() + seconds
         async with self._changed:
             while not should_end():
                 if (value := get()) is not None:
                     return value
-                remaining = None if deadline is None else deadline - asyncio.get_running_loop().time()
+                remaining = None if deadline is None else deadline - _now()
                 if remaining is not None and remaining <= 0:
                     return None
                 try:
@@ -301,3 +341,7 @@ class JobQueue:
                 except TimeoutError:
                     return None
             return None
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -7,7 +7,8 @@ The group starts in the background while the first stages run, and later stages 
 One `TorchTrainer.fit()` lasts as long as the group. Its train function (serve.py) is a loop that takes work from a
 queue actor (job_queue.py): a job, such as a training, runs on all ranks; a task, such as scoring a shard, on one. If a
 worker dies, Ray Train restarts all of them. The job is then called again up to `max_failures` times
-(`compute.max_failures`, default 0) and resumes from its last checkpoint; interrupted tasks are repeated.
+(`compute.max_failures`) and resumes from its last checkpoint; interrupted tasks are repeated. The death of a node, such
+as its preemption, is not counted as a failure of the job or a crash of the task.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tunery.errors import Stopped
+from tunery.errors import Stopped, TuneryError
 from tunery.interrupt import BackgroundCall, interruptible
 from tunery.spec import Compute
 from tunery.workers.job_queue import JobQueue, JobUpdate, TaskResult
@@ -59,10 +60,15 @@ class WorkerGroup:
         self._queue: Any = ray.remote(JobQueue).options(num_cpus=0, max_concurrency=1000).remote(self.num_workers)
         self._workers = BackgroundCall(lambda: self._run_workers(logs, tuple(preload)))
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the workers are running or starting."""
+        return not self._workers.ended
+
     def matches(self, compute: Compute) -> bool:
         """Whether the group is alive and has the resources of `compute`."""
         resources = (self.compute.workers, self.compute.device, self.compute.cpus_per_worker)
-        return not self._workers.ended and resources == (compute.workers, compute.device, compute.cpus_per_worker)
+        return self.is_alive and resources == (compute.workers, compute.device, compute.cpus_per_worker)
 
     def run(
         self,
@@ -76,14 +82,15 @@ class WorkerGroup:
         raise Stopped.
 
         If a worker dies or raises an error, all workers restart and call the function again, up to `max_failures`
-        times. Raises WorkersFailed after that, and Stopped if the workers have raised it.
+        times. Raises WorkersFailed after that, or after a TuneryError, which another attempt would raise again; and
+        Stopped if the workers have raised it.
         """
         self._call(self._queue.submit_job, dumps((function, argument)), max_failures)
-        failures = num_processed = 0
+        attempts, num_processed = 1, 0
         while True:
             try:
-                update: JobUpdate = self._call(self._queue.job_update, failures, num_processed)
-                failures = update.failures
+                update: JobUpdate = self._call(self._queue.job_update, attempts, num_processed)
+                attempts = update.attempts
                 for metrics in update.reports:
                     report(metrics)
                     num_processed += 1
@@ -172,9 +179,27 @@ def _failure_callback(queue: Any) -> Any:
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             import ray
 
-            ray.get(queue.fail.remote(list(worker_exceptions), dumps(worker_exceptions)))
+            node_died = [rank for rank, error in worker_exceptions.items() if _has_node_died(error)]
+            is_final = any(isinstance(_cause(error), TuneryError) for error in worker_exceptions.values())
+            ray.get(queue.fail.remote(list(worker_exceptions), dumps(worker_exceptions), node_died, is_final))
 
     return FailureCallback()
+
+
+def _cause(error: Exception) -> Exception:
+    """Return the error that a worker raised, or that its process ended with, without the wrappers of Ray (2.60)."""
+    for name in ("_base_exc", "health_check_failure", "cause"):
+        wrapped = getattr(error, name, None)
+        if isinstance(wrapped, Exception):
+            return _cause(wrapped)
+    return error
+
+
+def _has_node_died(error: Exception) -> bool:
+    from ray.exceptions import RayActorError
+
+    error = _cause(error)
+    return isinstance(error, RayActorError) and (error.preempted or "node has died" in str(error))
 
 
 class CurrentWorkerGroup:
@@ -192,6 +217,12 @@ class CurrentWorkerGroup:
             self.close()
             group = self._group = WorkerGroup(compute, self._logs, preload)
         return group
+
+    @property
+    def reserved_cpus(self) -> int:
+        """Number of CPUs that the group reserves."""
+        group = self._group
+        return group.num_workers * group.compute.cpus_per_worker if group is not None and group.is_alive else 0
 
     def running(self, compute: Compute) -> WorkerGroup | None:
         """Return the current group if it is alive and has the resources of `compute`, else None."""

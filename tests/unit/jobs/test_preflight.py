@@ -67,7 +67,7 @@ def test_workers_that_fit_now_need_no_note() -> None:
 def test_workers_that_fit_later_get_a_note() -> None:
     note = check_placement(nodes(), compute(workers=5))
     assert note.startswith("5 workers with 1 CPU and a GPU each do not fit now")
-    assert "free now: 8 CPUs and 2 GPUs + 8 CPUs and 2 GPUs; in total: 16 CPUs and 8 GPUs" in note
+    assert "free now: 2 nodes with 8 CPUs and 2 GPUs each; in total: 2 nodes with 16 CPUs and 8 GPUs each" in note
 
 
 def test_workers_are_placed_by_node_not_by_the_totals_of_the_cluster() -> None:
@@ -75,7 +75,7 @@ def test_workers_are_placed_by_node_not_by_the_totals_of_the_cluster() -> None:
     check_placement(two_nodes, compute(device="cpu", workers=2, cpus_per_worker=3))
     with pytest.raises(RequestError, match="no place for 3 workers with 2 CPUs each") as refused:
         check_placement(two_nodes, compute(device="cpu", workers=3, cpus_per_worker=2))
-    assert "in total: 3 CPUs + 3 CPUs" in refused.value.cause
+    assert "in total: 2 nodes with 3 CPUs each" in refused.value.cause
 
 
 def test_gpus_without_cpus_are_not_used() -> None:

@@ -25,6 +25,7 @@ from tunery.pipeline.plan import make_plan
 from tunery.pipeline.validate import validate
 from tunery.spec import Compute
 from tunery.store import Store
+from tunery.workers.cluster_resources import NodeResources
 
 VALID = """\
 name: x
@@ -354,7 +355,11 @@ def test_unwritable_store_is_rejected_by_name(load_text: LoadText, folder: Path)
 
 
 def hardware(cpus: int, gpus: int = 0) -> Hardware:
-    return Hardware(cpus, gpus, "this machine")
+    return Hardware([NodeResources(cpus, gpus)], "this machine")
+
+
+def cluster(*cpus: int) -> Hardware:
+    return Hardware([NodeResources(count) for count in cpus], "the cluster")
 
 
 @pytest.mark.parametrize(
@@ -382,13 +387,20 @@ def test_auto_resolves_to_the_available_hardware(
 @pytest.mark.parametrize(
     ("fields", "machine", "words"),
     [
-        ({"workers": 4}, hardware(2), ["needs 4 workers x 1 CPU; this machine has 2 CPUs", "{workers: 2}"]),
-        ({"workers": 8}, hardware(64, 4), ["needs 8 workers x GPU; this machine has 4 GPUs", "{workers: 4}"]),
-        ({"workers": 2, "cpus_per_worker": 3}, hardware(4), ["2 workers x 3 CPU", "{workers: 1}"]),
+        ({"workers": 4}, hardware(2), ["needs 4 workers with 1 CPU each; this machine has 2 CPUs", "{workers: 2}"]),
+        ({"workers": 8}, hardware(64, 4), ["needs 8 workers with 1 CPU and a GPU each", "{workers: 4}"]),
+        ({"workers": 2, "cpus_per_worker": 3}, hardware(4), ["2 workers with 3 CPUs each", "{workers: 1}"]),
         ({"workers_per_trial": 3}, hardware(2), ["needs 3 workers", "{workers_per_trial: 2}"]),
-        ({"device": "gpu", "workers": 1}, hardware(8), ["this machine has 0 GPUs", "device: cpu", "RAY_ADDRESS"]),
-        ({"device": "gpu"}, hardware(8), ["needs 1 workers x GPU", "device: cpu"]),
-        ({"cpus_per_worker": 9}, hardware(8), ["1 workers x 9 CPU", "{cpus_per_worker: 8}"]),
+        ({"device": "gpu", "workers": 1}, hardware(8), ["has 8 CPUs and 0 GPUs", "device: cpu", "RAY_ADDRESS"]),
+        ({"device": "gpu"}, hardware(8), ["needs 1 worker with 1 CPU and a GPU", "device: cpu"]),
+        ({"cpus_per_worker": 9}, hardware(8), ["1 worker with 9 CPUs", "{cpus_per_worker: 8}"]),
+        ({"device": "gpu", "cpus_per_worker": 9}, hardware(8, 4), ["8 CPUs and 4 GPUs", "{cpus_per_worker: 8}"]),
+        ({"workers": 3, "cpus_per_worker": 2}, cluster(3, 3), ["has 2 nodes with 3 CPUs each", "{workers: 2}"]),
+        (
+            {"cpus_per_worker": 5},
+            cluster(4, 2, 4),
+            ["2 nodes with 4 CPUs each + 1 node with 2", "{cpus_per_worker: 4}"],
+        ),
     ],
 )
 def test_excessive_workers_are_rejected_with_a_number_that_fits(
@@ -409,6 +421,7 @@ def test_excessive_workers_are_rejected_with_a_number_that_fits(
         ({"workers_per_trial": 2, "cpus_per_worker": 2}, hardware(8), 2),
         ({}, hardware(64, 8), 8),
         ({"workers_per_trial": 3}, hardware(64, 8), 2),
+        ({"cpus_per_worker": 2}, cluster(3, 3, 1), 2),
     ],
 )
 def test_concurrent_trials_fit_the_machine(fields: dict[str, Any], machine: Hardware, trials: int) -> None:
@@ -432,9 +445,9 @@ def test_local_cpus_are_those_available_to_the_process() -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("4x8xH100-80GB", (256, 32, 80.0)),
-        ("8xA100-40GB", (64, 8, 40.0)),
-        ("1xL4-24GB", (8, 1, 24.0)),
+        ("4x8xH100-80GB", (512, 32, 80.0)),
+        ("8xA100-40GB", (128, 8, 40.0)),
+        ("1xL4-24GB", (16, 1, 24.0)),
         ("4x16cpu", (64, 0, None)),
         ("2cpu", (2, 0, None)),
     ],

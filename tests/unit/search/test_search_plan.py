@@ -14,6 +14,7 @@ from tunery.search.search_plan import plan_search
 from tunery.spec import Experiment
 from tunery.spec.yaml_source import read_yaml
 from tunery.store import Store
+from tunery.workers.cluster_resources import NodeResources
 
 TEXT = """
 name: x
@@ -40,7 +41,7 @@ search:
 
 def plan_of(text: str, load_text: LoadText, tmp_path: Path, hardware: Hardware | None = None) -> Any:
     experiment, _ = load_text(text)
-    compute, _ = resolve_compute(experiment.compute, hardware or Hardware(2, 0, "here"))
+    compute, _ = resolve_compute(experiment.compute, hardware or Hardware([NodeResources(2)], "here"))
     resolved: Experiment = experiment.model_copy(update={"compute": compute})
     return plan_search(resolved, Store(tmp_path / "store"), tmp_path, 2, "2 CPUs / 1 a trial")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tunery.workers.job_queue import MAX_IDLE_FAILURES, JobQueue, Work
+from tunery.workers.job_queue import MAX_IDLE_FAILURES, MAX_NODE_DEATHS, JobQueue, Work
 
 
 def run(call: Coroutine[Any, Any, Any]) -> Any:
@@ -38,11 +38,11 @@ def test_job_goes_to_each_worker_once_and_is_done_when_all_have_finished() -> No
         await asyncio.sleep(0.01)
         assert not report.done(), "it waits until the run has processed the report"
         await queue.finish_job(0, sessions[0], stopped=False)
-        update = await queue.job_update(0, 0)
+        update = await queue.job_update(1, 0)
         assert (update.state, update.reports) == ("open", [{"loss": 1.0}])
         assert await is_waiting(queue.next(0, sessions[0], 1))
         await queue.finish_job(1, sessions[1], stopped=False)
-        update = await queue.job_update(0, 1)
+        update = await queue.job_update(1, 1)
         assert not await report
         assert (update.state, update.reports) == ("done", [])
 
@@ -69,13 +69,13 @@ def test_report_returns_whether_the_job_was_cancelled() -> None:
         sessions = await join_all(queue)
         await queue.submit_job(b"train", 0)
         report = asyncio.ensure_future(queue.report(0, sessions[0], {"loss": 1.0}))
-        await queue.job_update(0, 0)
+        await queue.job_update(1, 0)
         await queue.cancel_job()
         assert await report
         assert await queue.report(0, sessions[0], {"loss": 2.0}), "also later reports"
         await queue.submit_job(b"train", 0)
         report = asyncio.ensure_future(queue.report(0, sessions[0], {"loss": 3.0}))
-        await queue.job_update(0, 0)
+        await queue.job_update(1, 0)
         await queue.job_update(-1, 1)
         assert not await report, "the next job is not cancelled"
 
@@ -89,7 +89,7 @@ def test_stopped_job_is_reported_as_stopped() -> None:
         await queue.submit_job(b"train", 0)
         for rank, session in enumerate(sessions):
             await queue.finish_job(rank, session, stopped=True)
-        assert (await queue.job_update(0, 0)).state == "stopped"
+        assert (await queue.job_update(1, 0)).state == "stopped"
 
     run(scenario())
 
@@ -97,15 +97,67 @@ def test_stopped_job_is_reported_as_stopped() -> None:
 @pytest.mark.parametrize("max_failures", [0, 2])
 def test_job_is_repeated_on_restarted_workers_up_to_max_failures(max_failures: int) -> None:
     async def scenario() -> None:
-        queue = JobQueue(2)
+        queue = JobQueue(2, backoff_seconds=0.01)
         await queue.submit_job(b"train", max_failures)
-        for failures in range(max_failures + 1):
-            assert (await queue.job_update(failures - 1, 0)).state == "open"
+        for attempt in range(1, max_failures + 2):
+            assert (await queue.job_update(attempt - 1, 0)).state == "open"
             for rank, session in enumerate(await join_all(queue)):
                 assert (await queue.next(rank, session, 0)).call == b"train"
             await queue.fail([1], b"errors")
-        update = await queue.job_update(max_failures, 0)
-        assert (update.state, update.failures, update.errors) == ("failed", max_failures + 1, b"errors")
+        update = await queue.job_update(0, 0)
+        assert (update.state, update.attempts, update.errors) == ("failed", max_failures + 1, b"errors")
+
+    run(scenario())
+
+
+def test_time_before_an_attempt_doubles_with_each_failure() -> None:
+    async def scenario() -> list[float]:
+        queue = JobQueue(1, backoff_seconds=0.2)
+        await queue.submit_job(b"train", 3)
+        times = []
+        for _ in range(3):
+            (session,) = await join_all(queue, 1)
+            started = asyncio.get_running_loop().time()
+            await queue.next(0, session, 0)
+            times.append(asyncio.get_running_loop().time() - started)
+            await queue.fail([0], b"errors")
+        return times
+
+    first, second, third = run(scenario())
+    assert first < 0.2 <= second
+    assert third >= 0.4
+
+
+def test_deaths_of_nodes_count_only_beyond_their_own_limit() -> None:
+    async def scenario() -> None:
+        queue = JobQueue(1, backoff_seconds=0)
+        await queue.submit_job(b"train", 0)
+        for _ in range(MAX_NODE_DEATHS):
+            await join_all(queue, 1)
+            await queue.fail([0], b"errors", node_died=[0])
+        assert (await queue.job_update(0, 0)).state == "open"
+        await queue.fail([0], b"errors", node_died=[0])
+        assert (await queue.job_update(0, 0)).state == "failed"
+
+        await queue.submit_tasks(b"scorer", [{"shard": 0}], 0)
+        for _ in range(MAX_NODE_DEATHS + 1):
+            (session,) = await join_all(queue, 1)
+            work = await queue.next(0, session, 1)
+            assert (work.values, work.crashes) == ({"shard": 0}, 0), "no row is to blame"
+            await queue.fail([0], b"errors", node_died=[0])
+        (result,) = await queue.task_results()
+        assert result.error == b"errors"
+
+    run(scenario())
+
+
+def test_error_that_would_be_raised_again_is_not_retried() -> None:
+    async def scenario() -> None:
+        queue = JobQueue(1)
+        await queue.submit_job(b"train", 3)
+        await join_all(queue, 1)
+        await queue.fail([0], b"errors", is_final=True)
+        assert (await queue.job_update(1, 0)).state == "failed"
 
     run(scenario())
 

@@ -1,7 +1,8 @@
 """Packs as Ray actors, and the scheduler, another actor, that assigns each training to a pack.
 
 The process of a trial asks the scheduler for a pack, and polls the pack until its training ends. It reserves no CPU or
-GPU; the pack has those. A pack removes a training that is no longer polled.
+GPU; the pack has those. A pack removes a training that is no longer polled. If the process or the node of a pack dies,
+its trainings join other packs and resume from their checkpoints.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from tunery.errors import StageError, Stopped, TuneryError
 from tunery.models.load import Source
 from tunery.spec import TRAINERS, Compute, Stage, adapter_spec, settings_of, tuner_of
 from tunery.training.job import Job, Report
+from tunery.workers.cluster_resources import free_resources, num_workers
 
 POLL_SECONDS = 5.0
 """Maximum duration of one poll."""
@@ -27,6 +29,11 @@ POLL_TIMEOUT_SECONDS = 30.0
 """If a trial has not polled for this time, it was stopped, or its process was killed."""
 RETRY_SECONDS = 0.5
 """Time between two attempts to join a pack, while all are full."""
+CALL_SECONDS = 60.0
+"""Time limit for an answer of a pack, which may finish a step and save a checkpoint first. A pack that does not answer
+in time is killed: its node is unreachable, or another process has taken the CPU or GPU that it waits for."""
+MAX_PACK_DEATHS = 2
+"""How many deaths of its packs a training tolerates; the next one fails it."""
 MAX_CONCURRENT_CALLS = 256
 """Maximum number of concurrent calls of a pack actor. Nearly all of them are polls, which wait."""
 
@@ -182,7 +189,7 @@ class PackActor:
                 self._full = False
             if evict:
                 with self._changed:
-                    del self._jobs[trial]
+                    self._jobs.pop(trial, None)  # one that has ended may have been polled in the meantime
                     self._changed.notify_all()
             elif trial not in members and not packed_job.ended:
                 try:
@@ -226,6 +233,17 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+@dataclass(frozen=True)
+class _Pack:
+    source: Source
+    """The base model of its trainings."""
+    handle: Any
+
+
+class _PackDied(Exception):
+    """The process or node of a pack has died, or it did not answer in time. PackScheduler has removed it."""
+
+
 class PackScheduler:
     """Ray actor that assigns each training to the pack of its base model with the fewest members, or to a new pack. All
     packs end with this actor."""
@@ -233,84 +251,122 @@ class PackScheduler:
     def __init__(self, max_packs: int, max_members: int, compute: Compute) -> None:
         """max_members: maximum number of trainings per pack; compute: resources of each pack."""
         self._max_packs, self._max_members, self._compute = max_packs, max_members, compute
-        self._packs: list[tuple[Source, Any]] = []
+        self._packs: list[_Pack] = []
 
     def assign(self, job: Job) -> Any:
-        """Add the training to a pack and return that pack; None if all are full."""
-        import ray
-
-        states = []
-        for source, pack in list(self._packs):
-            try:
-                states.append((source, pack, ray.get(pack.members.remote())))
-            except ray.exceptions.RayActorError:  # the pack was idle and has exited, or was killed
-                self._packs.remove((source, pack))
-        for _, pack, (members, _) in states:
-            if job.trial in members:  # an earlier attempt, whose process was killed
-                ray.get(pack.leave.remote(job.trial))
-        counts = [
-            (source, pack, self._max_members if full else len(members)) for source, pack, (members, full) in states
-        ]
-        available = [
-            (count, pack) for source, pack, count in counts if source == job.model and count < self._max_members
-        ]
-        if not available and len(self._packs) < self._max_packs and not self._has_free_device():
-            return None  # a trial outside a pack or another search uses it; a call to a pending actor would block
+        """Add the training to a pack and return that pack; None if all are full, or the chosen one has died."""
+        counts = self._member_counts(job.trial)
+        available = [(count, pack) for pack, count in counts if pack.source == job.model and count < self._max_members]
+        if not available and len(self._packs) < self._max_packs and not self._has_free_node():
+            return None  # a trial outside a pack or another search uses the device
         if len(self._packs) == self._max_packs and not available:
-            empty = [(source, pack) for source, pack, count in counts if not count]
+            empty = [pack for pack, count in counts if not count]
             if not empty:
                 return None
-            ray.kill(empty[0][1])
-            self._packs.remove(empty[0])
+            self._kill(empty[0])
         fewest = min((count for count, _ in available), default=self._max_members)
-        if len(self._packs) < self._max_packs and fewest > 0 and (not available or self._has_free_device()):
+        if len(self._packs) < self._max_packs and fewest > 0 and (not available or self._has_free_node()):
             pack = self._create_pack(job.model)
         else:
             pack = next(pack for count, pack in available if count == fewest)
-        ray.get(pack.join.remote(job))
-        return pack
+        with suppress(_PackDied):
+            self._call(pack, "join", job)
+            return pack.handle
+        return None
 
-    def _has_free_device(self) -> bool:
-        """Whether the cluster has free resources for a new pack."""
-        import ray
+    def close(self) -> None:
+        """Kill all packs."""
+        for pack in list(self._packs):
+            self._kill(pack)
 
-        free = ray.available_resources()
-        gpu = self._compute.device == "gpu"
-        enough: bool = free.get("GPU", 0) >= 1 if gpu else free.get("CPU", 0) >= self._compute.cpus_per_worker
-        return enough
+    def _member_counts(self, trial: str) -> list[tuple[_Pack, int]]:
+        """Return the number of members of each pack, without `trial`; the maximum for a pack without free memory."""
+        counts = []
+        for pack in list(self._packs):
+            with suppress(_PackDied):
+                members, full = self._call(pack, "members")
+                if trial in members:  # an earlier attempt, whose process was killed
+                    self._call(pack, "leave", trial)
+                    members.remove(trial)
+                counts.append((pack, self._max_members if full else len(members)))
+        return counts
 
-    def _create_pack(self, source: Source) -> Any:
+    def _has_free_node(self) -> bool:
+        """Whether a node has the free CPUs, and the GPU, that a pack needs."""
+        return num_workers(free_resources(), self._compute.device, self._compute.cpus_per_worker) > 0
+
+    def _create_pack(self, source: Source) -> _Pack:
         import ray
 
         compute = self._compute
         actor: Any = ray.remote(PackActor)
-        pack = actor.options(
+        handle = actor.options(
             num_cpus=compute.cpus_per_worker,
             num_gpus=1 if compute.device == "gpu" else 0,
             max_concurrency=MAX_CONCURRENT_CALLS,
         ).remote(source, compute)
-        self._packs.append((source, pack))
+        pack = _Pack(source, handle)
+        self._packs.append(pack)
         return pack
+
+    def _call(self, pack: _Pack, method: str, *arguments: Any) -> Any:
+        """Call a method of a pack. Raises _PackDied if it has died (or was idle and has exited), or does not answer
+        within CALL_SECONDS."""
+        import ray
+
+        try:
+            return ray.get(getattr(pack.handle, method).remote(*arguments), timeout=CALL_SECONDS)
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            self._kill(pack)
+            raise _PackDied from error
+
+    def _kill(self, pack: _Pack) -> None:
+        import ray
+
+        ray.kill(pack.handle)
+        self._packs.remove(pack)
 
 
 def start_pack_scheduler(max_packs: int, max_members: int, compute: Compute) -> Any:
-    """Start a PackScheduler and return its handle. The scheduler and its packs end with the process that has the
-    handle."""
+    """Start a PackScheduler on the node of this process and return its handle. The scheduler and its packs end with
+    this process."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     actor: Any = ray.remote(PackScheduler)
-    return actor.options(num_cpus=0).remote(max_packs, max_members, compute)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return actor.options(num_cpus=0, scheduling_strategy=here).remote(max_packs, max_members, compute)
+
+
+def close_pack_scheduler(scheduler: Any) -> None:
+    """End the scheduler and its packs, so that their resources are free."""
+    import ray
+
+    with suppress(ray.exceptions.RayError):
+        ray.get(scheduler.close.remote(), timeout=CALL_SECONDS)
+    ray.kill(scheduler)
 
 
 def train_packed(job: Job, scheduler: Any, report: Report) -> None:
-    """Train in a pack and wait for the end; leave the pack if interrupted. Raises Stopped, and the errors of the
-    training. `scheduler`: handle of the PackScheduler."""
+    """Train in a pack and wait for the end; leave the pack if interrupted. `scheduler`: handle of the PackScheduler.
+
+    Raises Stopped, the errors of the training, and RayActorError after MAX_PACK_DEATHS deaths of its packs.
+    """
+    import ray
+
+    deaths = 0
     while True:
         while (pack := _call(scheduler.assign, job)) is None:
             _raise_if_stopped(job)
             time.sleep(RETRY_SECONDS)
-        with suppress(PackFull):
+        try:
             return _poll_until_done(job, pack, report)
+        except PackFull:
+            continue
+        except ray.exceptions.RayActorError:
+            deaths += 1
+            if deaths > MAX_PACK_DEATHS:
+                raise
 
 
 def _raise_if_stopped(job: Job) -> None:
@@ -319,6 +375,8 @@ def _raise_if_stopped(job: Job) -> None:
 
 
 def _poll_until_done(job: Job, pack: Any, report: Report) -> None:
+    import ray
+
     try:
         ended = False
         while not ended:
@@ -329,7 +387,9 @@ def _poll_until_done(job: Job, pack: Any, report: Report) -> None:
     except PackFull:
         raise
     except BaseException:  # including SystemExit, which Tune raises to stop a trial. The pack would otherwise train on.
-        pack.leave.remote(job.trial)
+        leave = pack.leave.remote(job.trial)
+        with suppress(ray.exceptions.RayError):  # the pack may have died
+            ray.get(leave, timeout=CALL_SECONDS)  # the lease is released after the last checkpoint is written
         raise
 
 

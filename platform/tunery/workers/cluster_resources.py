@@ -1,0 +1,65 @@
+"""CPUs and GPUs of the nodes of the Ray cluster. A worker runs on one node, so totals of the cluster do not say whether
+it fits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class NodeResources:
+    """CPUs and GPUs of one node: those that are free, or all."""
+
+    cpus: float
+    gpus: float = 0
+
+    def num_workers(self, device: str, cpus_per_worker: int) -> int:
+        """Return how many workers fit on the node. `device`: "gpu" for workers with one GPU each, or "cpu"."""
+        by_cpu = int(self.cpus // cpus_per_worker)
+        return min(by_cpu, int(self.gpus)) if device == "gpu" else by_cpu
+
+
+def num_workers(nodes: Sequence[NodeResources], device: str, cpus_per_worker: int) -> int:
+    """Return how many workers fit on the nodes."""
+    return sum(node.num_workers(device, cpus_per_worker) for node in nodes)
+
+
+def describe_workers(count: int, device: str, cpus_per_worker: int) -> str:
+    """Describe what workers need: `4 workers with 1 CPU and a GPU each`, `1 worker with 2 CPUs`."""
+    each = f"{cpus_per_worker} CPU{'s' if cpus_per_worker > 1 else ''}" + (" and a GPU" if device == "gpu" else "")
+    return f"{count} workers with {each} each" if count > 1 else f"1 worker with {each}"
+
+
+def describe_nodes(nodes: Iterable[NodeResources], device: str) -> str:
+    """Describe CPUs, and if `device` is "gpu" GPUs: `2 nodes with 16 CPUs and 8 GPUs each + 1 node with 16 CPUs`."""
+
+    def amount(node: NodeResources) -> str:
+        gpus = f" and {node.gpus:g} GPUs" if device == "gpu" else ""
+        return f"{node.cpus:g} CPUs{gpus}"
+
+    counts = Counter(map(amount, nodes))
+    if counts.total() == 1:
+        return next(iter(counts))
+    return " + ".join(
+        f"{count} nodes with {text} each" if count > 1 else f"1 node with {text}" for text, count in counts.items()
+    )
+
+
+def total_resources() -> list[NodeResources]:
+    """Return the resources of each node of the cluster that is alive."""
+    import ray
+
+    return [_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def free_resources() -> list[NodeResources]:
+    """Return the free resources of each node."""
+    from ray._private.state import available_resources_per_node  # ray.available_resources() returns only the sum
+
+    return [_node(resources) for resources in available_resources_per_node().values()]
+
+
+def _node(resources: dict[str, float]) -> NodeResources:
+    return NodeResources(resources.get("CPU", 0), resources.get("GPU", 0))
