@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-from workspace import ENVIRONMENT, Workspace
+from processes import raylet_pid
+from workspace import ENVIRONMENT, Workspace, wait_for
 
 EXPERIMENT = """
 name: small
@@ -52,6 +56,27 @@ def cluster() -> Iterator[str]:
         yield next(line.strip() for line in process.stdout if line.strip().rpartition(":")[2].isdigit())
     finally:
         process.communicate("\n", timeout=60)
+
+
+def test_ray_of_a_run_requires_its_token_and_its_files_are_private(bench: Workspace) -> None:
+    run = bench.start(WANDB_MODE="disabled")
+    wait_for(lambda: raylet_pid(bench) is not None, process=run)
+    os.kill(run.pid, signal.SIGSTOP)  # so that it does not end meanwhile
+    try:
+        words = Path(f"/proc/{raylet_pid(bench)}/cmdline").read_text().split("\0")
+        address = next(word.partition("=")[2] for word in words if word.startswith("--gcs-address="))
+        connect = [sys.executable, "-c", f"from ray._raylet import GcsClient; GcsClient(address={address!r})"]
+        refused = subprocess.run(connect, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=60)
+        assert refused.returncode == 1
+        assert "AuthenticationError" in refused.stderr
+        (private,) = [
+            folder for folder in (bench.run / "logs" / "ray").resolve().parents if folder.parent == Path("/tmp")
+        ]
+        assert (private.stat().st_mode & 0o777, private.stat().st_uid) == (0o700, os.getuid())
+    finally:
+        os.kill(run.pid, signal.SIGCONT)
+    out, err = run.communicate(timeout=120)
+    assert run.returncode == 0, out + err
 
 
 def test_run_uses_the_cluster_at_ray_address_and_leaves_it_running(bench: Workspace, cluster: str) -> None:

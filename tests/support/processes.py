@@ -22,8 +22,11 @@ def checkpoints(workspace: Workspace) -> list[Path]:
 
 
 def raylet_pid(workspace: Workspace) -> int | None:
-    """Return the pid of the raylet that the run of the workspace has started, None if it has ended."""
-    session = (workspace.run / "logs" / "ray").resolve().parent.name
+    """Return the pid of the raylet that the run of the workspace has started, None if it has ended or not started."""
+    link = workspace.run / "logs" / "ray"
+    if not link.is_symlink():
+        return None
+    session = link.resolve().parent.name
     result = subprocess.run(["pgrep", "-f", f"raylet/raylet .*{session}"], capture_output=True, text=True, check=False)
     return int(result.stdout.split()[0]) if result.stdout else None
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import stat
 import sys
 import threading
 import time
@@ -12,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
+from tunery.errors import TuneryError
 from tunery.events.event_log import EventLog
 from tunery.interrupt import STOP, BackgroundCall
 from tunery.pipeline.compute import Hardware
@@ -105,6 +108,7 @@ class RaySession:
     def _start_here(self, compute: Compute) -> None:
         # Workers inherit the environment of this process; a runtime_env costs 1.3 s per worker process (2 cores).
         os.environ.update(_worker_environment())
+        _require_token()
         gigabytes = 0.5 if compute.object_store_gb == "auto" else compute.object_store_gb
         self._init(
             None,
@@ -112,6 +116,7 @@ class RaySession:
             num_cpus=len(os.sched_getaffinity(0)),
             object_store_memory=int(gigabytes * 1e9),
             include_dashboard=compute.workers_per_trial not in ("auto", 1) and _has_dashboard(),
+            _temp_dir=str(_private_temp_dir()),
         )
         _link_logs(self._logs)
 
@@ -190,6 +195,35 @@ def _worker_environment() -> dict[str, str]:
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(dict.fromkeys([root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
     return {**QUIET_ENV, "PYTHONPATH": path}
+
+
+def _require_token() -> None:
+    """Make the processes of Ray accept connections with a token of this run only, unless RAY_AUTH_MODE is set. Ray
+    listens on all interfaces, and whoever can connect can run code.
+
+    Ray (2.60) reads the variables when it is imported, so a process that has imported it before starts it without.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+
+
+def _private_temp_dir() -> Path:
+    """Return the folder for logs and sockets of Ray, in one that only this user can enter: Ray (2.60) makes its folders
+    and sockets accessible to all users."""
+    parent = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / f"tunery-{os.getuid()}"
+    with suppress(FileExistsError):
+        parent.mkdir(mode=0o700)
+    status = parent.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise TuneryError(
+            f"{parent} belongs to another user, or is not a folder",
+            cause="the sockets of Ray would be accessible to that user",
+            remedy="set RAY_TMPDIR to a folder of your own, with a path shorter than 40 characters",
+        )
+    if stat.S_IMODE(status.st_mode) != 0o700:
+        parent.chmod(0o700)
+    return parent / "ray"
 
 
 def _has_dashboard() -> bool:
