@@ -15,7 +15,7 @@ from tunery.ingest.corruption import corrupt
 from tunery.ingest.duplicate_count import DuplicateCount
 from tunery.ingest.filesystem import UnavailableFile
 from tunery.ingest.parallel_read import read_in_parallel, worth_reading_in_parallel
-from tunery.ingest.read import Quarantine, Quarantined, ReadCounts, as_tables, read_source, source_label
+from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source, source_label
 from tunery.ingest.row_samples import quarantine_facts
 from tunery.spec import Dataset
 from tunery.store import StageContext, StageResult
@@ -45,16 +45,22 @@ def run_dataset(context: StageContext) -> StageResult:
         def quarantine(line: Quarantined) -> None:
             file.write(json.dumps(dataclasses.asdict(line), ensure_ascii=False) + "\n")
 
-        def count_tables() -> Iterator[pa.Table]:
+        def read_tables() -> Iterator[pa.Table]:
             count = 0
-            for table in _read_tables(context, stage, quarantine, counts):
+            source_rows: Iterator[Row] = read_source(stage, context.folder, quarantine, counts)
+            if stage.corrupt_fraction:
+                source_rows = iter(corrupt(list(source_rows), stage.corrupt_fraction, context.seed))
+            for table in as_tables(source_rows, counts):
                 duplicates.add(ids_to_uint64(to_str_list(table["id"])))
                 count += table.num_rows
                 context.emit("progress", done=count, total=None, unit="rows")
                 yield table
 
         try:
-            rows = write_tables(count_tables(), context.out)
+            if worth_reading_in_parallel(context, stage):
+                rows = read_in_parallel(context, stage, quarantine, counts, duplicates)
+            else:
+                rows = write_tables(read_tables(), context.out)
         except UnavailableFile as error:
             raise StageError(
                 context.name,
@@ -93,14 +99,3 @@ def run_dataset(context: StageContext) -> StageResult:
             "ignored_columns": dict(sorted(counts.ignored.items())),
         }
     )
-
-
-def _read_tables(
-    context: StageContext, stage: Dataset, quarantine: Quarantine, counts: ReadCounts
-) -> Iterator[pa.Table]:
-    if worth_reading_in_parallel(context, stage):
-        return read_in_parallel(context, stage, quarantine, counts)
-    rows: Iterator[Row] = read_source(stage, context.folder, quarantine, counts)
-    if stage.corrupt_fraction:
-        rows = iter(corrupt(list(rows), stage.corrupt_fraction, context.seed))
-    return as_tables(rows, counts)

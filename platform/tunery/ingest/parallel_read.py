@@ -1,12 +1,12 @@
-"""Parallel reading: files, and byte ranges of large files, are read by Ray actors and concatenated in order.
+"""Parallel reading: files, and byte ranges of large files, are read by Ray actors.
 
 A task is a file, or RANGE_BYTES bytes of an uncompressed file with one row per line (jsonl, text by line). A worker
-writes its result to the work directory of the stage: rows as an Arrow stream, quarantined lines, and counts. The driver
-concatenates the results in source order as tables, without converting rows, so the dataset is identical to the byte to
-one read by a single process. An interrupted stage resumes with the missing tasks.
+writes its result to the work directory of the stage: rows as an Arrow file, their ids and sizes, quarantined lines, and
+counts. Ray actors then write the shards of the dataset from these files (parallel_write.py), so the dataset is
+identical to the byte to one read by a single process. An interrupted stage resumes with the missing tasks.
 
 Estimate for 100 M rows of 1 kB: 3,000 tasks, and 100 GB of intermediate files besides the 100 GB of the dataset. A row
-takes 50 us in a worker and 3 us in the driver.
+takes 50 us in a worker; the driver reads 16 bytes per row.
 """
 
 from __future__ import annotations
@@ -15,29 +15,28 @@ import dataclasses
 import json
 import pickle
 import shutil
-import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from tunery.ingest.duplicate_count import DuplicateCount
 from tunery.ingest.filesystem import ByteRange, File, UnavailableFile
 from tunery.ingest.formats import format_of
 from tunery.ingest.formats.hub import HubDataset
+from tunery.ingest.parallel_write import RowFile, is_worth_parallel, write_files
 from tunery.ingest.read import Quarantine, Quarantined, ReadCounts, as_tables, read_part
 from tunery.ingest.sources import Builtin, SourcePart, resolve_sources
 from tunery.spec import Dataset
 from tunery.store import StageContext
 from tunery.store.atomic_write import publish_folder, read_json, temporary_name, write_text
-from tunery.store.rows import SCHEMA
+from tunery.store.rows import SCHEMA, content_bytes, to_str_list
+from tunery.store.score_cache import ids_to_uint64
 
 RANGE_BYTES = 32 << 20
-MIN_PARALLEL_BYTES = 256 << 20
-"""Minimum total file size for parallel reading. Actors take some seconds to start, in which one process reads 100
-MB."""
 ReadTask = File | HubDataset
 
 
@@ -65,30 +64,22 @@ def _is_splittable(file: File, stage: Dataset) -> bool:
 def worth_reading_in_parallel(context: StageContext, stage: Dataset) -> bool:
     """Return whether Ray is running and the source is large. A stage that needs all rows at once (`corrupt_fraction`)
     or stops early (`limit`) is read by one process."""
-    if (
-        not context.launcher.is_parallel
-        or stage.corrupt_fraction
-        or stage.limit is not None
-        or "ray" not in sys.modules
-    ):
-        return False
-    import ray
-
-    if not ray.is_initialized():
+    if not context.launcher.is_parallel or stage.corrupt_fraction or stage.limit is not None:
         return False
     parts = resolve_sources(stage, context.folder)
     files = [part for part in parts if isinstance(part, File)]
     return (
         len(files) == len(parts)
-        and sum(file.size for file in files) >= MIN_PARALLEL_BYTES
+        and is_worth_parallel(context.launcher, sum(file.size for file in files))
         and len(read_tasks(files, stage)) > 1
     )
 
 
 def read_in_parallel(
-    context: StageContext, stage: Dataset, quarantine: Quarantine, counts: ReadCounts
-) -> Iterator[pa.Table]:
-    """Yield tables of rows in source order. Raises UnavailableFile if a file or the network fails while reading."""
+    context: StageContext, stage: Dataset, quarantine: Quarantine, counts: ReadCounts, duplicates: DuplicateCount
+) -> int:
+    """Write the rows in source order to the folder `context.out`, and return their number. Raises UnavailableFile if a
+    file or the network fails while reading."""
     tasks = read_tasks(resolve_sources(stage, context.folder), stage)
     # The name depends on the split into tasks, so that results of another split are not reused.
     folder = context.staging_dir / f"read-{len(tasks)}-{RANGE_BYTES}"
@@ -107,6 +98,7 @@ def read_in_parallel(
                 raise UnavailableFile(result["failed"])
             rows += int(result["rows"])
             context.emit("progress", done=rows, total=None, unit="rows")
+    files = []
     line_offset, name = 0, ""
     for task, out in zip(tasks, results, strict=True):
         line_offset, name = line_offset if task.name == name else 0, task.name
@@ -114,9 +106,19 @@ def read_in_parallel(
         fields: dict[str, Any] = task_counts["counts"]
         counters = {field: Counter(count) for field, count in fields.items() if isinstance(count, dict)}
         counts.add(ReadCounts(**{**fields, **counters}))
-        yield from _read_result(out, line_offset, quarantine)
+        duplicates.add(np.load(out / "ids.npy"))
+        _quarantine_lines(out, line_offset, quarantine)
+        files.append(RowFile(out / "rows.arrow", out / "sizes.npy", line_offset=line_offset))
         line_offset += task_counts["lines"]
+    written = write_files(
+        context.launcher,
+        True,
+        files,
+        context.out,
+        lambda done: context.emit("progress", done=done, total=rows, unit="rows", detail="writing"),
+    )
     shutil.rmtree(folder)
+    return written
 
 
 class SourceReader:
@@ -135,13 +137,15 @@ class SourceReader:
 
 
 def run_read_task(task: ReadTask, stage: Dataset, out: Path) -> int:
-    """Write the folder `out` with rows.arrow, quarantine.jsonl and counts.json; return the number of rows."""
+    """Write the folder `out` with rows.arrow, ids.npy, sizes.npy (bytes of content), quarantine.jsonl and counts.json;
+    return the number of rows."""
     temporary = temporary_name(out)
     temporary.mkdir(parents=True)
-    counts, rows, quarantined = ReadCounts(), 0, 0
+    counts, quarantined = ReadCounts(), 0
+    ids, sizes = [np.empty(0, np.uint64)], [np.empty(0, np.int64)]
     with (
         (temporary / "quarantine.jsonl").open("w", encoding="utf-8", errors="backslashreplace") as quarantine_file,
-        pa.ipc.new_stream(str(temporary / "rows.arrow"), SCHEMA) as writer,
+        pa.ipc.new_file(str(temporary / "rows.arrow"), SCHEMA) as writer,
     ):
 
         def quarantine(line: Quarantined) -> None:
@@ -151,7 +155,11 @@ def run_read_task(task: ReadTask, stage: Dataset, out: Path) -> int:
 
         for table in as_tables(read_part(task, stage, quarantine, counts), counts):
             writer.write_table(table)
-            rows += table.num_rows
+            ids.append(ids_to_uint64(to_str_list(table["id"])))
+            sizes.append(content_bytes(table))
+    np.save(temporary / "ids.npy", np.concatenate(ids))
+    np.save(temporary / "sizes.npy", np.concatenate(sizes))
+    rows = sum(map(len, ids))
     span = task.span if isinstance(task, File) else None
     task_counts = {
         "rows": rows,
@@ -172,13 +180,16 @@ def _is_complete(out: Path) -> bool:
     if not out.is_dir():
         return False
     counts = read_json(out / "counts.json") or {}
+    lengths: set[int] = set()
+    quarantined = -1
     try:
-        with pa.memory_map(str(out / "rows.arrow")) as source, pa.ipc.open_stream(source) as reader:
-            rows = sum(batch.num_rows for batch in reader)
+        with pa.memory_map(str(out / "rows.arrow")) as source, pa.ipc.open_file(source) as reader:
+            lengths.add(sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches)))
+        lengths |= {len(np.load(out / name)) for name in ("ids.npy", "sizes.npy")}
         quarantined = (out / "quarantine.jsonl").read_bytes().count(b"\n")
-    except (OSError, pa.ArrowInvalid):  # OSError: absent, or empty, which can't be mapped
-        rows = quarantined = -1
-    if (rows, quarantined) == (counts.get("rows"), counts.get("quarantined")):
+    except (OSError, ValueError):  # absent, empty or truncated; pa.ArrowInvalid is a ValueError
+        lengths.clear()
+    if lengths == {counts.get("rows")} and quarantined == counts.get("quarantined"):
         return True
     shutil.rmtree(out)
     return False
@@ -189,17 +200,10 @@ def _read_counts(out: Path) -> dict[str, Any]:
     return counts
 
 
-def _read_result(out: Path, line_offset: int, quarantine: Quarantine) -> Iterator[pa.Table]:
-    """Quarantine the invalid lines of a task and yield its rows; `line_offset` is added to line numbers, which then
-    count from the start of the file."""
+def _quarantine_lines(out: Path, line_offset: int, quarantine: Quarantine) -> None:
+    """Quarantine the invalid lines of a task. `line_offset` is added to their numbers, which then count from the start
+    of the file."""
     with (out / "quarantine.jsonl").open(encoding="utf-8") as file:
         for line in file:
             entry = json.loads(line)
             quarantine(Quarantined(**{**entry, "line": entry["line"] + line_offset}))
-    column = SCHEMA.get_field_index("line")
-    with pa.OSFile(str(out / "rows.arrow"), "rb") as source, pa.ipc.open_stream(source) as reader:
-        for batch in reader:
-            table = pa.Table.from_batches([batch])
-            if line_offset:
-                table = table.set_column(column, SCHEMA.field(column), pc.add(table["line"], line_offset))
-            yield table

@@ -46,13 +46,16 @@ def decile_edges(column: Callable[[], Iterator[Floats]], rows: int) -> Floats:
 
 
 class DecileSamples:
-    """Receives all rows of a filter, shard by shard, and holds a few of each decile."""
+    """Receives the rows of a filter, shard by shard, and holds a few of each decile."""
 
     def __init__(self, score: str, edges: Floats) -> None:
-        self._score, self._edges = score, edges
+        self.score, self._edges = score, edges
         self._counts = np.zeros((len(edges) + 1, 2), dtype=np.int64)
         self._samples: dict[tuple[int, bool], list[tuple[int, dict[str, Any]]]] = {}
         self._ranges = [(np.inf, -np.inf)] * (len(edges) + 1)
+
+    def empty_copy(self) -> DecileSamples:
+        return DecileSamples(self.score, self._edges)
 
     def add(self, rows: pa.Table, scores: Floats, kept: Bools) -> None:
         # A score equal to an edge belongs to the decile below it, so equal scores share a decile.
@@ -67,10 +70,26 @@ class DecileSamples:
             for is_kept in (True, False):
                 indices = np.flatnonzero(in_decile & (kept == is_kept))
                 self._counts[decile, int(is_kept)] += len(indices)
-                smallest = indices[np.argsort(ids[indices], kind="stable")[:ROWS_PER_DECILE]]
+                smallest = indices[np.lexsort((scores[indices], ids[indices]))[:ROWS_PER_DECILE]]
                 new = [(int(ids[index]), self._sample(rows, int(index), float(scores[index]))) for index in smallest]
-                samples = self._samples.get((decile, is_kept), [])
-                self._samples[decile, is_kept] = sorted([*samples, *new], key=lambda item: item[0])[:ROWS_PER_DECILE]
+                self._add_samples((decile, is_kept), new)
+
+    def merge(self, other: DecileSamples) -> None:
+        """Add the rows of another filter of the same score. The order of merges does not matter."""
+        self._counts += other._counts
+        self._ranges = [
+            (min(low, other_low), max(high, other_high))
+            for (low, high), (other_low, other_high) in zip(self._ranges, other._ranges, strict=True)
+        ]
+        for key, samples in other._samples.items():
+            self._add_samples(key, samples)
+
+    def _add_samples(self, key: tuple[int, bool], new: list[tuple[int, dict[str, Any]]]) -> None:
+        def order(item: tuple[int, dict[str, Any]]) -> tuple[int, float, str]:
+            id, sample = item
+            return id, sample["score"], sample["injected_corruption"] or ""  # rows with equal ids may have other scores
+
+        self._samples[key] = sorted([*self._samples.get(key, []), *new], key=order)[:ROWS_PER_DECILE]
 
     def _sample(self, rows: pa.Table, index: int, score: float) -> dict[str, Any]:
         row = rows.slice(index, 1).to_pylist()[0]
@@ -87,7 +106,7 @@ class DecileSamples:
                 }
                 dropped, kept = map(int, self._counts[decile])
                 deciles.append({"low": low, "high": high, "kept": kept, "dropped": dropped, **rows})
-        return {"score": self._score, "deciles": deciles}
+        return {"score": self.score, "deciles": deciles}
 
 
 def excerpt(row: Row) -> str:

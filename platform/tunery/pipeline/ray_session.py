@@ -201,8 +201,11 @@ def _require_token() -> None:
     """Make the processes of Ray accept connections with a token of this run only, unless RAY_AUTH_MODE is set. Ray
     listens on all interfaces, and whoever can connect can run code.
 
-    Ray (2.60) reads the variables when it is imported, so a process that has imported it before starts it without.
+    Ray (2.60) reads the variables when it is imported, so a process that has imported it before starts it without: only
+    tests do.
     """
+    if "ray" in sys.modules:
+        return
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)

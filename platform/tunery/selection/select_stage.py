@@ -1,20 +1,26 @@
 """The `select` stage: writes the rows that pass its rules, and lists the others in dropped.jsonl with the rule that
 dropped them.
 
-It reads the scores first to fit the thresholds (scoring/order_statistics.py: six passes, constant memory), then the
-rows, shard by shard, and writes those that pass as Arrow tables without converting them to Python objects. It runs on
-one core in the driver; only matrix products of vectors use all cores. Estimate for 100 M rows of 1 kB: 0.8 GB read per
-score and pass, 100 GB of rows read and at most as much written. Only the list of dropped rows on disk grows with the
-data, and with a quota 100 bytes of memory per row that it keeps. diversity.py documents the cost of diversity.
+The driver reads only scores: it fits the thresholds (scoring/order_statistics.py: six passes, constant memory), and
+writes for each shard which rows pass and why the others do not. Ray actors then read the rows, list the dropped ones,
+and write the others as new shards (ingest/parallel_write.py). A small dataset is processed by the driver alone, with
+the same result.
+
+Estimate for 100 M rows of 1 kB: the driver reads 0.8 GB per score and pass; the actors read 100 GB twice and write as
+much as passes. With a quota the driver needs 100 bytes of memory per row that it keeps, and it decides on rows that the
+rules drop one by one (1 us each). diversity.py documents the cost of diversity.
 """
 
 from __future__ import annotations
 
 import json
+import pickle
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +28,7 @@ import pyarrow.parquet as pq
 
 from tunery.errors import RowCountError, StageError
 from tunery.ingest.corruption_metrics import Bools, Floats, filter_quality
+from tunery.ingest.parallel_write import RowFile, is_worth_parallel, map_files, write_files
 from tunery.ingest.row_samples import DecileSamples, decile_edges
 from tunery.scoring.score_stats import MAX_AUC_ROWS
 from tunery.selection.diversity import DiversityFilter, select_diverse
@@ -30,7 +37,7 @@ from tunery.selection.scored_rows import ScoredRows, score_directions
 from tunery.selection.thresholds import QuotaThreshold
 from tunery.spec import RANDOM, Select
 from tunery.store import Artifact, StageContext, StageResult
-from tunery.store.rows import to_str_list, write_tables
+from tunery.store.rows import content_bytes, to_str_list
 
 
 class NothingPasses(StageError):
@@ -67,30 +74,45 @@ def run_select(context: StageContext) -> StageResult:
     single_rule = rules[0] if len(rules) == 1 and rules[0].keep.range is None else None
     sample_score = next(iter(stage.ranked_by), RANDOM)
     samples = DecileSamples(sample_score, decile_edges(lambda: table.column(sample_score), table.rows))
+    masks = context.staging_dir / "masks"
+    shutil.rmtree(masks, ignore_errors=True)  # of an interrupted run
+    masks.mkdir(parents=True)
 
-    with (context.out / "dropped.jsonl").open("w", encoding="utf-8") as file, ExitStack() as stack:
+    with ExitStack() as stack:
         diversity: DiversityFilter | None = None
         if stage.diverse is not None:
             filtered = _apply_rules_and_quota(stage, table, reset_ties(rules), quota)
             diversity = stack.enter_context(select_diverse(context, stage.diverse, table, filtered, directions))
+        filtered = _apply_rules_and_quota(stage, table, rules, quota)
+        for shard, (scores, kept, reasons) in zip(table.files, filtered, strict=True):
+            if diversity is not None:
+                kept, reasons = diversity.apply(kept, reasons)
+            np.save(_mask_file(masks, shard), kept)
+            dropped_reasons = [reason for reason, is_kept in zip(reasons, kept, strict=True) if not is_kept]
+            _mask_file(masks, shard, "reasons.json").write_text(json.dumps(dropped_reasons))
+            evaluator.add(shard, ~kept, single_rule.badness(scores) if single_rule else None)
 
-        def kept_tables() -> Iterator[pa.Table]:
-            done = 0
-            filtered = _apply_rules_and_quota(stage, table, rules, quota)
-            for shard, (scores, kept, reasons) in zip(table.files, filtered, strict=True):
-                rows = pq.read_table(shard)
-                if diversity is not None:
-                    kept, reasons = diversity.apply(kept, reasons)
-                done += len(rows)
-                _write_dropped(file, rows, kept, reasons)
-                samples.add(rows, scores[sample_score], kept)
-                evaluator.add(rows["injected_corruption"], ~kept, single_rule.badness(scores) if single_rule else None)
-                context.emit("progress", done=done, total=table.rows, unit="rows")
-                yield rows.filter(pa.array(kept))
-
-        written = write_tables(kept_tables(), context.out)
-
-    dropped = sum(1 for _ in (context.out / "dropped.jsonl").open(encoding="utf-8"))
+    parallel = is_worth_parallel(context.launcher, sum(shard.stat().st_size for shard in table.files))
+    progress = partial(context.emit, "progress", unit="rows")
+    dropped, done = 0, 0
+    tasks = [{"shard": str(shard)} for shard in table.files]
+    for result in map_files(context.launcher, parallel, ShardFilter, (table, masks, samples), tasks):
+        dropped, done = dropped + int(result["dropped"]), done + int(result["rows"])
+        samples.merge(pickle.loads(result["samples"]))
+        progress(done=done, total=table.rows)
+    with (context.out / "dropped.jsonl").open("wb") as file:
+        for shard in table.files:
+            with _mask_file(masks, shard, "dropped.jsonl").open("rb") as part:
+                shutil.copyfileobj(part, file)
+    files = [RowFile(shard, _mask_file(masks, shard, "sizes.npy"), _mask_file(masks, shard)) for shard in table.files]
+    written = write_files(
+        context.launcher,
+        parallel,
+        files,
+        context.out,
+        lambda done: progress(done=done, total=table.rows - dropped, detail="writing"),
+    )
+    shutil.rmtree(masks)
     if written + dropped != table.rows:
         raise RowCountError(context.name, f"{table.rows} rows went in, {written} kept, {dropped} dropped")
     if not written:
@@ -147,11 +169,37 @@ def _fit_quota(
     return quota
 
 
-def _write_dropped(file: TextIO, rows: pa.Table, kept: Bools, reasons: Sequence[str]) -> None:
-    dropped = rows.select(["id", "source", "line"]).filter(pa.array(~kept)).to_pylist()
-    dropped_reasons = [reason for reason, k in zip(reasons, kept, strict=True) if not k]
-    for row, reason in zip(dropped, dropped_reasons, strict=True):
-        file.write(json.dumps({**row, "rule": reason}, ensure_ascii=False) + "\n")
+def _mask_file(masks: Path, shard: Path, suffix: str = "kept.npy") -> Path:
+    """Return the file about a shard: which rows pass, why others do not, the dropped rows, or the sizes of the rest."""
+    return masks / f"{shard.stem}.{suffix}"
+
+
+class ShardFilter:
+    """Lists the dropped rows of a shard, and measures the others, by the masks of the driver."""
+
+    def __init__(self, table: ScoredRows, masks: Path, samples: DecileSamples) -> None:
+        self._table, self._masks, self._samples = table, masks, samples.empty_copy()
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """{"shard": [path]} -> {"rows": [count], "dropped": [count], "samples": [pickled DecileSamples]}, one entry per
+        shard. Writes <shard>.dropped.jsonl and <shard>.sizes.npy to the folder of the masks."""
+        results: dict[str, Any] = {"rows": [], "dropped": [], "samples": []}
+        for path in map(Path, batch["shard"]):
+            rows, kept = pq.read_table(path), np.load(_mask_file(self._masks, path))
+            dropped = rows.select(["id", "source", "line"]).filter(pa.array(~kept)).to_pylist()
+            reasons = json.loads(_mask_file(self._masks, path, "reasons.json").read_text())
+            lines = [
+                json.dumps({**row, "rule": reason}, ensure_ascii=False) + "\n"
+                for row, reason in zip(dropped, reasons, strict=True)
+            ]
+            _mask_file(self._masks, path, "dropped.jsonl").write_text("".join(lines), encoding="utf-8")
+            np.save(_mask_file(self._masks, path, "sizes.npy"), content_bytes(rows.filter(pa.array(kept))))
+            samples = self._samples.empty_copy()
+            samples.add(rows, self._table.shard_column(path, samples.score), kept)
+            results["rows"].append(len(rows))
+            results["dropped"].append(len(dropped))
+            results["samples"].append(pickle.dumps(samples))
+        return results
 
 
 def _nothing_passes_error(
@@ -176,13 +224,11 @@ class FilterEvaluator:
         self._dropped: list[Bools] = []
         self._badness: list[Floats] = []
 
-    def add(self, corruption_kinds: Any, dropped: Bools, badness: Floats | None) -> None:
-        """Add the next rows.
-
-        `corruption_kinds` is the Arrow column `injected_corruption`; `badness` is given if a single score decides (NaN
-        is worst).
-        """
-        self._enabled = self._enabled and corruption_kinds.null_count == 0
+    def add(self, shard: Path, dropped: Bools, badness: Floats | None) -> None:
+        """Add the rows of the next shard. `badness` is given if a single score decides (NaN is worst)."""
+        if self._enabled:
+            corruption_kinds = pq.read_table(shard, columns=["injected_corruption"])[0]
+            self._enabled = corruption_kinds.null_count == 0
         if not self._enabled:
             self._corruption_kinds, self._dropped, self._badness = [], [], []
             return

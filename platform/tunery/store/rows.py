@@ -171,25 +171,43 @@ def write_tables(tables: Iterable[pa.Table], folder: Path) -> int:
     """Like `write_rows`, for tables of SCHEMA of any size. The files do not depend on the split into tables."""
     target = folder / "rows"
     target.mkdir(parents=True)
+    boundaries = ShardBoundaries()
     shard: list[pa.Table] = []
-    index = count = rows = size = 0
+    index = count = 0
     for table in tables:
         count += table.num_rows
-        sizes = _content_bytes(table).cumsum()
-        start = 0
-        while start < table.num_rows:
-            before = int(sizes[start - 1]) if start else 0
-            num_fitting = int(np.searchsorted(sizes, before + SHARD_BYTES - size, side="right")) - start
-            num_taken = min(_shard_rows(index) - rows, max(num_fitting, 0 if rows else 1), table.num_rows - start)
-            shard.append(table.slice(start, num_taken))
-            start, rows = start + num_taken, rows + num_taken
-            size += int(sizes[start - 1]) - before if num_taken else 0
-            if rows == _shard_rows(index) or start < table.num_rows:
-                _write_shard(shard, target, index)
-                shard, index, rows, size = [], index + 1, 0, 0
-    if rows or count == 0:
-        _write_shard(shard, target, index)
+        for start, stop, ends_shard in boundaries.split(content_bytes(table)):
+            shard.append(table.slice(start, stop - start))
+            if ends_shard:
+                write_shard(shard, shard_path(target, index))
+                shard, index = [], index + 1
+    if shard or index == 0:
+        write_shard(shard, shard_path(target, index))
     return count
+
+
+class ShardBoundaries:
+    """Splits rows, given by the bytes of their content, into shards."""
+
+    def __init__(self) -> None:
+        self._index = self._rows = self._size = 0
+
+    def split(self, sizes: npt.NDArray[np.int64]) -> Iterator[tuple[int, int, bool]]:
+        """Yield slices (start, stop, whether the shard ends after it) of the next rows. A slice may be empty."""
+        ends = sizes.cumsum()
+        start = 0
+        while start < len(ends):
+            before = int(ends[start - 1]) if start else 0
+            num_fitting = int(np.searchsorted(ends, before + SHARD_BYTES - self._size, side="right")) - start
+            room = _shard_rows(self._index) - self._rows
+            stop = start + min(room, max(num_fitting, 0 if self._rows else 1), len(ends) - start)
+            self._rows += stop - start
+            self._size += int(ends[stop - 1]) - before if stop > start else 0
+            ends_shard = self._rows == _shard_rows(self._index) or stop < len(ends)
+            yield start, stop, ends_shard
+            if ends_shard:
+                self._index, self._rows, self._size = self._index + 1, 0, 0
+            start = stop
 
 
 def _shard_rows(shard: int) -> int:
@@ -213,7 +231,7 @@ def tables_of(rows: Iterable[Row]) -> Iterator[pa.Table]:
         yield pa.Table.from_pylist(pending, SCHEMA)
 
 
-def _content_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
+def content_bytes(table: pa.Table) -> npt.NDArray[np.int64]:
     """Return the number of bytes of text, content and reasoning per row."""
     total = np.zeros(table.num_rows, dtype=np.int64)
     total += _lengths(table["text"])
@@ -234,10 +252,14 @@ def _lengths(texts: Any) -> npt.NDArray[np.int64]:
     return np.asarray(pc.fill_null(pc.binary_length(texts), 0), dtype=np.int64)
 
 
-def _write_shard(tables: list[pa.Table], target: Path, index: int) -> None:
+def write_shard(tables: list[pa.Table], path: Path) -> None:
     # One chunk per column: Parquet pages end at chunk boundaries, and the bytes must not depend on the input tables.
     shard = pa.concat_tables(tables).combine_chunks() if tables else SCHEMA.empty_table()
-    pq.write_table(shard, target / f"part-{index:05d}.parquet")
+    pq.write_table(shard, path)
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    return folder / f"part-{index:05d}.parquet"
 
 
 def to_str_list(column: Any) -> list[str]:
@@ -247,7 +269,8 @@ def to_str_list(column: Any) -> list[str]:
 
 
 def shards(artifact: Path) -> list[Path]:
-    return sorted((artifact / "rows").glob("part-*.parquet"))
+    """Return the shards in order: part-99999 before part-100000."""
+    return sorted((artifact / "rows").glob("part-*.parquet"), key=lambda path: int(path.stem.removeprefix("part-")))
 
 
 def read_rows(artifact: Path, columns: list[str] | None = None) -> Iterator[Row]:

@@ -11,20 +11,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from in_process import stage_context
 
 from tunery.ingest import parallel_read
+from tunery.ingest.duplicate_count import DuplicateCount
 from tunery.ingest.filesystem import File, UnavailableFile, local_file
 from tunery.ingest.parallel_read import SourceReader, read_in_parallel, read_tasks
 from tunery.ingest.read import Quarantined, ReadCounts, as_tables, read_source
 from tunery.ingest.sources import resolve_sources
 from tunery.spec import Dataset
 from tunery.store import StageContext
-from tunery.store.rows import shards, write_tables
+from tunery.store.rows import read_rows, shards, write_tables
 
 LINES = st.sampled_from(
     [
@@ -70,9 +70,10 @@ def read_sequentially(stage: Dataset, folder: Path) -> ReadOutcome:
 def read_in_tasks(stage: Dataset, folder: Path) -> ReadOutcome:
     quarantined: list[Quarantined] = []
     counts = ReadCounts()
-    shutil.rmtree(folder / "many", ignore_errors=True)
-    write_tables(read_in_parallel(context(stage, folder), stage, quarantined.append, counts), folder / "many")
-    return [path.read_bytes() for path in shards(folder / "many")], quarantined, counts
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    duplicates = DuplicateCount(folder / "ids")
+    read_in_parallel(context(stage, folder), stage, quarantined.append, counts, duplicates)
+    return [path.read_bytes() for path in shards(folder / "out")], quarantined, counts
 
 
 @given(
@@ -154,8 +155,9 @@ def test_line_numbers_count_from_the_start_of_the_file(tmp_path: Path, monkeypat
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n\n{"text": "two"}\nbad\n{"text": "three"}')
     stage = dataset("a.jsonl")
     quarantined: list[Quarantined] = []
-    tables = list(read_in_parallel(context(stage, tmp_path), stage, quarantined.append, ReadCounts()))
-    assert pa.concat_tables(tables)["line"].to_pylist() == [1, 3, 5]
+    duplicates = DuplicateCount(tmp_path / "ids")
+    assert read_in_parallel(context(stage, tmp_path), stage, quarantined.append, ReadCounts(), duplicates) == 3
+    assert [row["line"] for row in read_rows(tmp_path / "out")] == [1, 3, 5]
     assert [line.line for line in quarantined] == [4]
 
 

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tunery.ingest import duplicate_count
 from tunery.ingest.duplicate_count import DuplicateCount
 from tunery.store import rows as store
-from tunery.store.rows import Row, read_rows, row_id, shards, write_rows, write_tables
+from tunery.store.rows import Row, read_rows, row_id, shard_path, shards, write_rows, write_tables
 
 
 def messages(*contents: str) -> list[dict[str, Any]]:
@@ -117,3 +117,10 @@ def test_row_id_of_many_combining_marks_takes_linear_time() -> None:
     row_id({"text": "a" + "\u0301\u0316" * 500_000})
     assert time.perf_counter() - begin < 5
     assert row_id({"text": "e\u0301 te"}) == row_id({"text": "\u00e9 te"})
+
+
+def test_shards_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    for number in (100_000, 9, 99_999):
+        shard_path(tmp_path / "rows", number).touch()
+    assert [path.stem for path in shards(tmp_path)] == ["part-00009", "part-99999", "part-100000"]
