@@ -5,8 +5,9 @@
 #   cluster/local.sh start [NODES [CPUS]]   # 3 nodes with 2 CPUs each when not given; prints variables to export
 #   cluster/local.sh stop
 #
-# State is in $TUNERY_CLUSTER (default: ~/.cache/tunery-cluster): the token, process ids and logs. Ray's own files are in
-# a folder in /tmp with a short name, because the paths of its sockets have at most 107 bytes.
+# State is in $TUNERY_CLUSTER (default: ~/.cache/tunery-cluster): the token, process ids, logs, and the address for
+# RAY_ADDRESS. Ray's own files are in a folder in /tmp with a short name, because the paths of its sockets have at most
+# 107 bytes.
 set -euo pipefail
 
 state=${TUNERY_CLUSTER:-$HOME/.cache/tunery-cluster}
@@ -15,7 +16,7 @@ PATH=$(dirname "$ray"):$PATH # jobs run the `python` beside it
 seconds=60
 
 usage() {
-    sed -n '2,9s/^# \{0,1\}//p' "$0"
+    sed -n '2,10s/^# \{0,1\}//p' "$0"
     exit 2
 }
 
@@ -55,6 +56,7 @@ start() {
     echo "$temp" >"$state/temp"
     port=$(free_port)
     dashboard=$(free_port)
+    echo "127.0.0.1:$port" >"$state/address"
     export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="$state/token"
     start_node node-0 --head --port="$port" --dashboard-host=127.0.0.1 --dashboard-port="$dashboard" \
         --dashboard-agent-listen-port="$(free_port)" --node-ip-address=127.0.0.1 --num-cpus="$cpus" \
@@ -80,7 +82,7 @@ stop() {
     if [[ -f $state/temp ]]; then
         rm -rf -- "$(cat "$state/temp")"
     fi
-    rm -f "$state/pids" "$state/temp" "$state/token"
+    rm -f "$state/pids" "$state/temp" "$state/token" "$state/address"
 }
 
 case ${1:-} in

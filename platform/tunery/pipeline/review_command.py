@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 import webbrowser
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,13 +107,14 @@ def serve_review(pending: PendingReview, *, port: int, show_filter: bool, browse
             print_line(f"{pending.stage}: {session.decided} of {session.total} rows are decided")
             print_line(f"review them at {server.url}")
             print_line(f"each decision is saved immediately to {pending.decisions}; stop with Ctrl-C")
-            if browser and _has_screen():
-                webbrowser.open(server.url)
-            try:
-                server.serve_forever(poll_interval=0.2)
-            except KeyboardInterrupt:
-                STOP.forget()
-                print_line("")  # ends the line of the ^C printed by the terminal
+            with tempfile.TemporaryDirectory(prefix="tunery-review-") as folder:
+                if browser and _has_screen():
+                    _open_browser(server.url, Path(folder))
+                try:
+                    server.serve_forever(poll_interval=0.2)
+                except KeyboardInterrupt:
+                    STOP.forget()
+                    print_line("")  # ends the line of the ^C printed by the terminal
         left = session.total - session.decided
         print_line(f"{session.decided} of {session.total} rows are decided" + (f"; {left} are left" if left else ""))
         if left:
@@ -121,6 +123,14 @@ def serve_review(pending: PendingReview, *, port: int, show_filter: bool, browse
             print_line(f"to use the decisions: {pending.context.command('run')}")
     finally:
         log.close()
+
+
+def _open_browser(url: str, folder: Path) -> None:
+    """Open `url` through a page in the private `folder`: all users of the machine can read the command line of the
+    browser, and the address has the token."""
+    page = folder / "review.html"
+    page.write_text(f'<meta http-equiv="refresh" content="0; url={url}">')
+    webbrowser.open(page.as_uri())
 
 
 def _has_screen() -> bool:

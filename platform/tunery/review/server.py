@@ -18,7 +18,7 @@ from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from tunery.errors import RequestError
 from tunery.review.decisions import DECISIONS
@@ -111,10 +111,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _path(self) -> list[str]:
         """Validate the Host header and the token, and return the parts of the path after the token."""
-        host = urlsplit(f"//{self.headers.get('Host', '')}").hostname
-        if host not in HOSTS:
+        if _split_url(f"//{self.headers.get('Host', '')}").hostname not in HOSTS:
             raise _HttpError(HTTPStatus.FORBIDDEN, "this page is only available on this machine")
-        parts = urlsplit(self.path).path.split("/")[1:]
+        parts = _split_url(self.path).path.split("/")[1:]
         if not hmac.compare_digest(parts[0].encode() if parts else b"", self.server.token.encode()):
             raise _HttpError(
                 HTTPStatus.FORBIDDEN, "the address has no valid token: open the address shown in the terminal"
@@ -136,7 +135,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _post(self, path: list[str]) -> tuple[str, bytes]:
         origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != self.headers.get("Host"):
+        if origin is not None and _split_url(origin).netloc != self.headers.get("Host"):
             raise _HttpError(HTTPStatus.FORBIDDEN, "requests from other pages are rejected")
         body = self._body()
         match path:
@@ -165,6 +164,13 @@ class _Handler(BaseHTTPRequestHandler):
         if not isinstance(body, dict):
             raise _HttpError(HTTPStatus.BAD_REQUEST, "the body is not a JSON object")
         return body
+
+
+def _split_url(url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:  # such as `Host: [`
+        raise _HttpError(HTTPStatus.BAD_REQUEST, "the address or the Host header is not valid") from None
 
 
 def _as_json(value: dict[str, Any]) -> tuple[str, bytes]:

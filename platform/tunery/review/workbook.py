@@ -18,6 +18,7 @@ from openpyxl.utils import get_column_letter
 from openpyxl.worksheet.datavalidation import DataValidation
 from openpyxl.worksheet.worksheet import Worksheet
 
+from tunery.ingest.formats.excel import FORMULA_PREFIXES
 from tunery.review.decisions import DECISIONS, SHEET, Decision
 from tunery.review.review_items import ReviewItem
 from tunery.store.atomic_write import replace_file
@@ -124,7 +125,7 @@ def _write_cell(cell: Any, value: object) -> None:
     cell.value = text
     cell.data_type = "s"  # openpyxl interprets text that begins with "=" as a formula
     cell.number_format = "@"  # spreadsheets interpret an id of digits as a number
-    cell.quotePrefix = text.startswith(("=", "+", "-", "@"))
+    cell.quotePrefix = text.startswith(FORMULA_PREFIXES)
 
 
 def _add_decision_choices(sheet: Worksheet, column: int, rows: int) -> None:

@@ -116,7 +116,7 @@ class Augment(StageConfig):
     """Whether the output also contains the original rows, each before its variants."""
     heldout: tuple[str, ...] = ()
     """Evaluation stages: their rows, and rows of the same groups, are not used as examples and not output."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Seed of the sampling; the experiment's when not given."""
 
     def inputs(self) -> Iterator[StageRef]:

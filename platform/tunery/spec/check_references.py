@@ -14,6 +14,8 @@ from tunery.spec.stages import RANDOM, Review, Score, Select
 from tunery.spec.yaml_source import Path as KeyPath
 from tunery.spec.yaml_source import YamlSource
 
+MAX_NAME_LENGTH = 64
+"""As for the name of an experiment."""
 _PRETRAINED_HINT = "none; use {pretrained: <folder or hub name>}"
 
 
@@ -28,6 +30,14 @@ def check_references(experiment: Experiment, source: YamlSource) -> Iterable[Spe
                 path,
                 f"`{name}` is not a valid stage name",
                 remedy="use letters, digits and _, starting with a letter",
+            )
+        if len(name) > MAX_NAME_LENGTH:
+            yield error_at(
+                source,
+                path,
+                f"the stage name `{name[:20]}...` is too long",
+                cause=f"it has {len(name)} characters, and files and W&B metrics are named after it",
+                remedy=f"use at most {MAX_NAME_LENGTH} characters",
             )
         for item in stage.inputs():
             at = (*path, *item.path)

@@ -74,7 +74,7 @@ class Tracking(Config):
 class Experiment(Config):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=64)]
     """Name of the run: letters, digits, `_`, `.` and `-`, at most 64."""
-    seed: int
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
     """Seed of every stage that has none of its own."""
     stages: Annotated[dict[str, Stage], Field(min_length=1)]
     """Stages by name, in any order."""

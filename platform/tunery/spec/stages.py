@@ -256,7 +256,7 @@ class Select(StageConfig):
     """Applied to the rows that pass `keep`."""
     diverse: Diverse | None = None
     """Applied last, to the rows that pass `keep` and `quota`."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Seed of the score `random` and of the random baseline of `diverse`; the experiment's when not given."""
 
     @model_validator(mode="after")
@@ -420,7 +420,7 @@ class WinRate(StageConfig):
     max_length: Annotated[int, Field(ge=8)] = 512
     """Maximum number of tokens of prompt and response; prompts that are too long for `sampling.max_new_tokens` are
     omitted and counted."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Seed of the sampling; the experiment's when not given."""
 
     def inputs(self) -> Iterator[StageRef]:

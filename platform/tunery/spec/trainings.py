@@ -163,7 +163,7 @@ class Training(StageConfig, Generic[Data]):
     """Held-out rows to evaluate on during training."""
     num_evals: Annotated[int, Field(ge=1)] = 4
     """Number of evaluations, evenly spaced, the last one at the end."""
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = None
     """Seed of new weights, data order and dropout; the experiment's when not given."""
     kind: str
     model: str | Pretrained | Scratch

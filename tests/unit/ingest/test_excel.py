@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,12 @@ import openpyxl
 import pytest
 from reading import read_file
 
+from tunery.ingest.filesystem import CorruptFile, local_file
+from tunery.ingest.formats import excel
+from tunery.ingest.formats.excel import MAX_COLUMNS
+from tunery.ingest.formats.excel import workbook as open_workbook
 from tunery.review.decisions import read_decisions
+from tunery.spec import Dataset
 
 
 def workbook(path: Path, lines: list[list[Any]], dimension: str, title: str = "Sheet", merged: str = "") -> None:
@@ -82,3 +88,32 @@ def test_formula_without_a_cached_value_beyond_a_wrong_dimension_makes_its_row_i
     rows, quarantined = read_file(tmp_path, "a.xlsx")
     assert len(rows) == 2
     assert [(line.line, "the formula in B4 has no cached value" in line.reason) for line in quarantined] == [(4, True)]
+
+
+def test_wide_and_long_sheet_is_read_in_seconds(tmp_path: Path) -> None:
+    """A small file with 2,001 columns and a million rows, nearly all of them absent."""
+    book = openpyxl.Workbook()
+    sheet = book.active
+    assert sheet is not None
+    sheet.append(["text", *(f"column {n}" for n in range(2_000))])
+    sheet["A2"], sheet["A1048576"] = "first", "last"
+    book.save(tmp_path / "a.xlsx")
+    assert (tmp_path / "a.xlsx").stat().st_size < 50_000
+    started = time.monotonic()
+    rows, quarantined = read_file(tmp_path, "a.xlsx")
+    assert time.monotonic() - started < 30
+    assert not quarantined
+    assert [(row["text"], row["line"]) for row in rows] == [("first", 2), ("last", 1_048_576)]
+
+
+def test_sheet_with_too_many_columns_is_reported(tmp_path: Path) -> None:
+    workbook(tmp_path / "a.xlsx", [["text", *(f"c{n}" for n in range(MAX_COLUMNS))], ["a"]], "")
+    with pytest.raises(CorruptFile, match="header has 2,049 columns, at most 2,048"):
+        list(open_workbook(local_file(tmp_path / "a.xlsx", tmp_path), Dataset(kind="dataset", source="a.xlsx")))
+
+
+def test_workbook_that_unpacks_to_too_much_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workbook(tmp_path / "a.xlsx", [["text"], ["a" * 10_000]], "")
+    monkeypatch.setattr(excel, "MAX_UNPACKED_BYTES", 10_000)
+    with pytest.raises(CorruptFile, match="bytes unpacked, at most 10,000 are read"):
+        list(open_workbook(local_file(tmp_path / "a.xlsx", tmp_path), Dataset(kind="dataset", source="a.xlsx")))

@@ -158,6 +158,7 @@ def item(id: str, question: str, response: str, keep: bool = True, score: float 
     )
 
 
+FORMULAS = ['=HYPERLINK("http://x","y")', "+1", "@SUM(1)", "-2", "\n=1", "\t=1", "＝1+1", "＠SUM(1)"]
 HOSTILE = ['=HYPERLINK("http://x","y")', "+1", "@SUM(1)", "-2", "a\x00\x1b[31mred\x07", "x" * 50_000]
 
 
@@ -181,9 +182,9 @@ def test_workbook_decisions_are_read_back(tmp_path: Path) -> None:
 
 
 def test_text_that_looks_like_a_formula_stays_text(tmp_path: Path) -> None:
-    write_workbook(tmp_path / "w.xlsx", [item("a", text, text) for text in HOSTILE[:4]], {}, show_filter=True)
+    write_workbook(tmp_path / "w.xlsx", [item("a", text, text) for text in FORMULAS], {}, show_filter=True)
     sheet = load_workbook(tmp_path / "w.xlsx")["review"]
-    for number, text in enumerate(HOSTILE[:4], 2):
+    for number, text in enumerate(FORMULAS, 2):
         for column in (2, 3):
             cell = sheet.cell(number, column)
             assert (cell.value, cell.data_type, cell.quotePrefix) == (text, "s", True)

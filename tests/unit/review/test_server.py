@@ -118,6 +118,12 @@ def test_rebound_host_name_is_rejected(host: str, client: Client) -> None:
     assert read_decisions(client.path) == {}
 
 
+@pytest.mark.parametrize("headers", [{"Host": "["}, {"Host": "localhost", "Origin": "http://["}])
+def test_invalid_address_in_a_header_is_rejected(headers: dict[str, str], client: Client) -> None:
+    assert client.post("decide", {"id": "a", "decision": "keep"}, **headers).status == 400
+    assert read_decisions(client.path) == {}
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost:9999"])
 def test_tunnel_from_another_port_is_accepted(host: str, client: Client) -> None:
     assert client.get("state", Host=host).status == 200

@@ -215,6 +215,13 @@ INVALID: dict[str, tuple[list[tuple[str, str]], int, list[str]]] = {
         15,
         ["`my-eval` is not a valid stage name", "letters, digits and _"],
     ),
+    "long stage name": (
+        [("  eval:", f"  {'e' * 65}:")],
+        15,
+        ["`eeeeeeeeeeeeeeeeeeee...` is too long", "65 char", "64"],
+    ),
+    "number of many digits": ([("epochs: 2", "epochs: " + "9" * 30)], 10, ["can't be \"999", "valid number"]),
+    "negative seed": ([("seed: 1", "seed: -1")], 2, ["`seed` can't be -1", "greater than or equal to 0"]),
     "name of the experiment": ([("name: x", "name: a/b")], 1, ['`name` can\'t be "a/b"', "pattern"]),
     "cycle": (
         [("data: docs, by: [{perplexity: base}]", "data: clean, by: [{perplexity: base}]")],

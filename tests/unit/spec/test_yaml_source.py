@@ -36,6 +36,9 @@ def read(text: str) -> YamlSource:
         ("017", 17),
         ("0o17", 15),
         ("0x1F", 31),
+        ("9223372036854775807", 2**63 - 1),
+        ("9223372036854775808", "9223372036854775808"),
+        ("-" + "9" * 5000, "-" + "9" * 5000),
         ("0b11", "0b11"),
         ("1_000", "1_000"),
         ("1:30", "1:30"),
@@ -71,7 +74,7 @@ def test_block_scalars_are_strings(style: str) -> None:
     assert read(f"key: {style}\n  17\n").data == {"key": "17\n"}
 
 
-@given(st.integers() | st.floats(allow_nan=False).map(float))
+@given(st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False).map(float))
 def test_numbers_written_by_python_are_read_back(number: float) -> None:
     value = read(f"key: {number!r}".replace("inf", ".inf")).data["key"]
     assert value == number

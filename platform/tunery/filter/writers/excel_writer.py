@@ -13,7 +13,8 @@ from typing import Any
 from tunery.errors import RequestError
 from tunery.filter.originals import Original, OriginalCell
 from tunery.filter.source_columns import SourceColumns, as_text
-from tunery.filter.writers.writer import FORMULA, AddedValues, WriteCounts, Writer
+from tunery.filter.writers.writer import AddedValues, WriteCounts, Writer
+from tunery.ingest.formats.excel import FORMULA_PREFIXES
 
 MAX_SHEET_ROWS = 1_048_575
 """Maximum rows of an Excel sheet (1,048,576), without the header."""
@@ -97,7 +98,7 @@ class _SheetCells:
         # openpyxl treats text that begins with "=" as a formula, and spreadsheets treat digits as a number.
         cell.data_type = "e" if original is not None and original.data_type == "e" else "s"
         cell.number_format = original.number_format if original is not None else "@"
-        cell.quotePrefix = text.startswith(FORMULA)  # so that it remains text when a user edits the cell
+        cell.quotePrefix = text.startswith(FORMULA_PREFIXES)  # so that it remains text when a user edits the cell
         return cell
 
 

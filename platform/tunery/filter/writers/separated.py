@@ -11,7 +11,8 @@ from typing import Any
 
 from tunery.filter.originals import Original
 from tunery.filter.source_columns import SourceColumns, as_text
-from tunery.filter.writers.writer import FORMULA, AddedValues, WriteCounts, Writer, WriterFactory
+from tunery.filter.writers.writer import AddedValues, WriteCounts, Writer, WriterFactory
+from tunery.ingest.formats.excel import FORMULA_PREFIXES
 
 
 def separated(delimiter: str) -> WriterFactory:
@@ -59,7 +60,7 @@ class _SeparatedCells:
         """Format a value, with an apostrophe before text that a spreadsheet would treat as a formula: CSV has no cell
         types."""
         text = as_text(value)
-        if isinstance(value, str) and text is not None and text.startswith(FORMULA):
+        if isinstance(value, str) and text is not None and text.startswith(FORMULA_PREFIXES):
             self.counts.escaped += 1
             return f"'{text}"
         return text

@@ -11,10 +11,6 @@ from typing import Any, Protocol
 from tunery.filter.originals import Original
 from tunery.filter.source_columns import SourceColumns
 
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""Prefixes of a cell that a spreadsheet treats as a formula
-(https://owasp.org/www-community/attacks/CSV_Injection)."""
-
 AddedValues = Mapping[str, Any]
 """Added columns: pyarrow type or value by name. A row may have fewer."""
 

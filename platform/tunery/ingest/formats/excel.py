@@ -9,6 +9,7 @@ are streamed, but openpyxl holds the table of all strings of the workbook in mem
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from itertools import zip_longest
@@ -18,6 +19,14 @@ from tunery.ingest.filesystem import CorruptFile, File, UnavailableFile, open_se
 from tunery.ingest.formats.record import InvalidRow, Record, cell_text, from_pairs
 from tunery.spec import Dataset
 
+FORMULA_PREFIXES = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
+"""Starts of a text that a spreadsheet may take for a formula when it is edited or exported, full-width signs included
+(https://owasp.org/www-community/attacks/CSV_Injection)."""
+MAX_COLUMNS = 2_048
+"""Maximum number of columns of a header. Every row is padded to its header, so a small file with Excel's 16,384 columns
+and a million rows would take hours."""
+MAX_UNPACKED_BYTES = 2 << 30
+"""Maximum size of the unpacked parts of a workbook: a million rows of 1 kB, twice."""
 _MERGED = re.compile(rb'<(?:\w+:)?mergeCell\s[^>]*?ref="([A-Z]+)(\d+):[A-Z]+(\d+)"')
 _FORMULA = re.compile(rb"<(?:\w+:)?f[\s/>]")
 _MAX_TAG_BYTES = 200
@@ -41,6 +50,10 @@ def workbook(file: File, stage: Dataset) -> Iterator[Record]:
 def _sheets(raw: IO[bytes], sheet_name: str | None) -> Iterator[Record]:
     import openpyxl
 
+    with zipfile.ZipFile(raw) as archive:
+        unpacked = sum(part.file_size for part in archive.infolist())
+    if unpacked > MAX_UNPACKED_BYTES:
+        raise CorruptFile(f"the workbook has {unpacked:,} bytes unpacked, at most {MAX_UNPACKED_BYTES:,} are read")
     with closing(openpyxl.load_workbook(raw, read_only=True, data_only=True)) as values:
         if sheet_name is not None and sheet_name not in values.sheetnames:
             raise CorruptFile(f"there is no sheet `{sheet_name}`; sheets: {', '.join(values.sheetnames)}")
@@ -68,6 +81,8 @@ def _rows(raw: IO[bytes], sheet: Any) -> Iterator[Record]:
     header: list[str] | None = None
     for number, row in enumerate(all_rows(sheet), 1):
         is_formula = next(formulas, ()) if formulas else ()
+        if not row:  # without cells of its own; there may be a million before the last row
+            continue
         cells: list[Any] = []
         error = ""
         # A row ends with its last cell; missing cells below the header are empty, or merged with a cell above.
@@ -91,6 +106,8 @@ def _rows(raw: IO[bytes], sheet: Any) -> Iterator[Record]:
             continue
         elif header is None:
             header = ["" if value is None else str(cell_text(value)).strip() for value in cells]
+            if len(header) > MAX_COLUMNS:
+                raise CorruptFile(f"the header has {len(header):,} columns, at most {MAX_COLUMNS:,} are read")
         else:
             # Keep values of columns without a name, so that they are counted as not read.
             columns = zip_longest(header, cells, fillvalue="")
