@@ -83,9 +83,12 @@ def _run_stage(
     def emit(event: str, **values: Any) -> None:
         log.write(event, **{"stage": name + trial.label, **values})
 
+    def waiting(message: str) -> None:
+        emit("progress", done=0, total=None, unit="", detail=message)
+
     def wait(holder: str) -> None:
         launcher.release()  # the other run may need the workers' CPUs or GPUs to build it
-        emit("progress", done=0, total=None, unit="", detail=f"waiting: {holder} is building it")
+        waiting(f"waiting: {holder} is building it")
 
     emit("stage_started", kind=stage.kind, fingerprint=key.fingerprint, detail="")
     try:
@@ -111,7 +114,7 @@ def _run_stage(
                 events=run_context.events,
                 logs=run_context.logs,
                 compute=experiment.compute,
-                launcher=launcher,
+                launcher=launcher.with_waiting(waiting),
                 emit=emit,
                 identity=key.identity,
                 command=run_context.command,

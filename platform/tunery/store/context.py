@@ -31,6 +31,9 @@ class Launcher(Protocol):
     def resume_from(self) -> Path | None:
         """As in training/job.py."""
 
+    def with_waiting(self, waiting: Callable[[str], None]) -> Launcher:
+        """Return a copy that calls `waiting` with a message while workers have not started."""
+
     def release(self) -> None:
         """Free CPUs and GPUs that are reserved for the next stages. Called while another run builds the artifact."""
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from tunery.models.load import source_of
 from tunery.models.reward_functions import reward_origin
@@ -25,7 +25,7 @@ from tunery.training.job import Job, Report, RowSource
 from tunery.training.packed.pack_server import train_packed
 from tunery.workers.cluster_resources import free_resources, num_workers
 from tunery.workers.map_tasks import Task, map_in_process, map_on_cpus
-from tunery.workers.worker_group import CurrentWorkerGroup
+from tunery.workers.worker_group import CurrentWorkerGroup, Waiting
 
 Data = str | PositiveNegative | ReviewLabels | dict[str, float]
 DEFAULT_MAX_CRASHES = 3
@@ -100,12 +100,17 @@ def train(job: Job, report: Report) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Launcher:
-    """The connection of a trial to its search. The defaults are those of a stage outside a search."""
+    """The connection of a trial to its search, and of a stage to the event log. The defaults are those of a stage
+    outside a search."""
 
+    waiting: Waiting = lambda message: None
     report: Report = lambda metrics: None
     stop_file: Path | None = None
     checkpoint_dir: Path | None = None
     resume_from: Path | None = None
+
+    def with_waiting(self, waiting: Waiting) -> Self:
+        return dataclasses.replace(self, waiting=waiting)
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,8 @@ class WorkersLauncher(_Launcher):
         self.workers.close()
 
     def train(self, job: Job) -> None:
-        self.workers.group(self.compute).run(train, job, self.report, job.compute.max_failures)
+        group = self.workers.group(self.compute)
+        group.run(train, job, self.report, job.compute.max_failures, self.waiting)
 
     def map_tasks(
         self,
@@ -132,7 +138,8 @@ class WorkersLauncher(_Launcher):
     ) -> Iterator[Task]:
         if on_cpu:
             return self._map_on_cpus(callable_class, constructor_args, tasks)
-        return self.workers.group(self.compute).map(callable_class, constructor_args, tasks, max_crashes)
+        group = self.workers.group(self.compute)
+        return group.map(callable_class, constructor_args, tasks, max_crashes, self.waiting)
 
     def _map_on_cpus(
         self, callable_class: type, constructor_args: tuple[Any, ...], tasks: list[Task]

@@ -252,6 +252,10 @@ class JobQueue:
 
     # Called by the run.
 
+    async def num_joined(self) -> int:
+        """Return the number of workers that are running."""
+        return len(self._joined)
+
     async def submit_job(self, call: Pickled, max_failures: int) -> None:
         """Replace the current job. `call`: (function, argument)."""
         async with self._changed:

@@ -21,6 +21,7 @@ from typing import Any
 from tunery.errors import Stopped, TuneryError
 from tunery.interrupt import BackgroundCall, interruptible
 from tunery.spec import Compute
+from tunery.workers.cluster_resources import describe_nodes, describe_workers, free_resources
 from tunery.workers.job_queue import JobQueue, JobUpdate, TaskResult
 from tunery.workers.map_tasks import Task
 from tunery.workers.pickling import dumps, loads
@@ -28,6 +29,10 @@ from tunery.workers.serve import WorkerConfig, serve
 
 CLOSE_SECONDS = 30.0
 """How long `close` waits for the workers to finish their current job or task and exit."""
+WAIT_SECONDS = 10.0
+"""Interval of the messages about workers that have not started. Starting takes longer than the first."""
+Waiting = Callable[[str], None]
+"""Called with a message about what the workers wait for."""
 
 
 class WorkersFailed(Exception):
@@ -76,6 +81,7 @@ class WorkerGroup:
         argument: Any,
         report: Callable[[dict[str, float]], object],
         max_failures: int,
+        waiting: Waiting = lambda message: None,
     ) -> None:
         """Call `function(argument, report)` on all workers and wait for its end. The reports of rank 0 are passed to
         `report` in this process. If that raises, the report returns True to rank 0, which should then make all ranks
@@ -87,10 +93,13 @@ class WorkerGroup:
         """
         self._call(self._queue.submit_job, dumps((function, argument)), max_failures)
         attempts, num_processed = 1, 0
+        started = time.monotonic()
         while True:
             try:
                 update: JobUpdate = self._call(self._queue.job_update, attempts, num_processed)
                 attempts = update.attempts
+                if not num_processed and not update.reports:
+                    started = self._report_waiting(waiting, started)
                 for metrics in update.reports:
                     report(metrics)
                     num_processed += 1
@@ -105,7 +114,12 @@ class WorkerGroup:
                 return
 
     def map(
-        self, callable_class: type, constructor_args: tuple[Any, ...], tasks: Sequence[Task], max_crashes: int
+        self,
+        callable_class: type,
+        constructor_args: tuple[Any, ...],
+        tasks: Sequence[Task],
+        max_crashes: int,
+        waiting: Waiting = lambda message: None,
     ) -> Iterator[Task]:
         """Construct `callable_class(*constructor_args)` once per worker, call it with a batch {column: [value]} per
         task, and yield the results in order of completion. It is a callable class as for `map_batches` of Ray Data.
@@ -115,9 +129,12 @@ class WorkerGroup:
         """
         self._call(self._queue.submit_tasks, dumps((callable_class, constructor_args)), list(tasks), max_crashes)
         remaining = len(tasks)
+        started = time.monotonic()
         try:
             while remaining:
                 results: list[TaskResult] = self._call(self._queue.task_results)
+                if not results and remaining == len(tasks):
+                    started = self._report_waiting(waiting, started)
                 for result in results:
                     remaining -= 1
                     if result.error:
@@ -127,6 +144,19 @@ class WorkerGroup:
         finally:
             if remaining:  # the caller has stopped early, or a task has failed
                 self._queue.submit_tasks.remote(b"", [], 0)
+
+    def _report_waiting(self, waiting: Waiting, since: float) -> float:
+        """Call `waiting` if WAIT_SECONDS have passed `since` and workers have not started. Return the new `since`."""
+        if time.monotonic() - since < WAIT_SECONDS:
+            return since
+        if self._call(self._queue.num_joined) < self.num_workers:
+            compute = self.compute
+            free = describe_nodes(free_resources(), compute.device)
+            waiting(
+                f"waiting for {describe_workers(self.num_workers, compute.device, compute.cpus_per_worker)} to start; "
+                f"free now: {free}"
+            )
+        return time.monotonic()
 
     def close(self) -> None:
         """Make the workers exit and wait until their resources are free."""
