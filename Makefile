@@ -21,15 +21,15 @@ unit: $(READY)  ## the tests that start no Ray, in seconds
 	$(BIN)/python -m pytest $(SPREAD) tests/unit tests/test_architecture.py
 
 check: $(READY)  ## ruff, mypy, import-linter, and every experiment validates
-	$(BIN)/ruff check platform tests benchmarks experiments
-	$(BIN)/ruff format --check platform tests benchmarks experiments
+	$(BIN)/ruff check platform tests benchmarks experiments cluster
+	$(BIN)/ruff format --check platform tests benchmarks experiments cluster
 	$(BIN)/mypy
 	PYTHONPATH=platform $(BIN)/lint-imports
 	for file in experiments/*.yaml; do $(BIN)/tunery validate $$file || exit 1; done
 
 format: $(READY)
-	$(BIN)/ruff format platform tests benchmarks experiments
-	$(BIN)/ruff check --fix platform tests benchmarks experiments
+	$(BIN)/ruff format platform tests benchmarks experiments cluster
+	$(BIN)/ruff check --fix platform tests benchmarks experiments cluster
 
 docs: $(READY)  ## rebuild the generated pages of docs/
 	PYTHONPATH=platform:tests/support $(BIN)/python tests/support/experiment_reference.py
