@@ -1,4 +1,4 @@
-"""README.md, CONTRIBUTING.md and docs/ match the code: links, experiments, commands, generated pages."""
+"""The README files, CONTRIBUTING.md and docs/ match the code: links, experiments, commands, generated pages."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ from tunery.spec.yaml_source import read_yaml
 from tunery.store import Store
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+CLUSTER = ROOT / "cluster"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), CLUSTER / "README.md"]
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<text>.*?)^```$", re.M | re.S)
 COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -77,6 +78,14 @@ def test_every_benchmark_is_described() -> None:
     scripts = {path.name for path in (ROOT / "benchmarks").glob("*.py")}
     described = set(re.findall(r"^\| \[`(\w+\.py)`\]", text, flags=re.M))
     assert described == scripts
+
+
+def test_every_file_for_clusters_is_linked() -> None:
+    text = (CLUSTER / "README.md").read_text(encoding="utf-8")
+    files = {str(path.relative_to(CLUSTER)) for path in CLUSTER.rglob("*") if path.is_file()}
+    files = {name for name in files if "__pycache__" not in name} - {"README.md"}
+    assert len(files) > 10
+    assert [name for name in sorted(files) if f"]({name})" not in text] == []
 
 
 def test_readme_has_at_most_200_lines() -> None:
