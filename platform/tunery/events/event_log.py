@@ -13,6 +13,7 @@ and `trial` ("" outside a search). The kinds of event and their other keys:
     ray_started      seconds
     stage_started    kind, fingerprint, detail (one line)
     progress         done, total, unit ("rows" | "steps" | "objects" ..)          frequent; the last one counts;
+                     detail (one line: what it does or waits for);
                      preparing: true before the work of the stage itself (tokenising rows)
     metrics          step, values {name: number}                                  a point of the training curves
     preview          template (a sentence about the chat template), records [{id, source, line, reason,

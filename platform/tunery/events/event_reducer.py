@@ -105,6 +105,7 @@ def _progress(state: RunState, event: Event) -> None:
     if done is None or stage.status in ("done", "reused", "failed"):
         return
     unit = str(event.get("unit", stage.unit))
+    stage.detail = str(event.get("detail", ""))
     if stage.recent and (done < stage.recent[-1][1] or unit != stage.unit):
         stage.recent.clear()  # restarted from a checkpoint, with fewer workers, or with another kind of work
         stage.first_progress, stage.advances = None, 0

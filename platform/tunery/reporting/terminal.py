@@ -179,10 +179,11 @@ def _progress_line(stage: StageState, now: float) -> str:
     amount = f"{stage.done:,.0f}" + (f"/{stage.total:,.0f}" if stage.total else "") + f" {stage.unit}"
     left = stage.time_left(now)
     parts = [
-        amount,
+        amount if stage.done or not stage.detail else "",
         speed(stage.rate, stage.unit) if stage.rate else "",
         f"{duration(left)} left" if left is not None else "",
         latest(stage),
+        stage.detail,
     ]
     return f"{stage.name}: " + ", ".join(part for part in parts if part)
 

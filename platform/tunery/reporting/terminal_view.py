@@ -229,8 +229,8 @@ def _running_line(stage: StageState, width: int, now: float) -> RenderableType:
         f"{duration(left)} left" if left is not None else "",
     ]
     progress = "  ".join(part for part in parts if part)
-    if not stage.total:
-        return Text(progress or note(stage) or "starting")
+    if not stage.total or (stage.detail and not stage.done):
+        return Text(progress if stage.done else note(stage) or "starting")
     line = Table.grid(padding=(0, 1, 0, 0))
     line.add_row(_bar(stage, width=8 if width >= 72 else 4), Text(progress, no_wrap=True, overflow="ellipsis"))
     return line

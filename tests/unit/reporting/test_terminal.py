@@ -176,6 +176,28 @@ def test_plain_progress_is_limited_to_every_30_seconds() -> None:
     assert len(progress_lines(every=0.1)) == 0
 
 
+@pytest.mark.parametrize("width", [80, 200])
+def test_what_a_stage_waits_for_is_shown_until_it_makes_progress(width: int) -> None:
+    start: Event = {"t": 0.0, "event": "stage_started", "stage": "sft", "kind": "sft"}
+    waiting: Event = {
+        "t": 40.0,
+        "event": "progress",
+        "stage": "sft",
+        "done": 0,
+        "total": 0,
+        "unit": "",
+        "detail": "waiting for 2 workers",
+    }
+    step: Event = {"t": 80.0, "event": "progress", "stage": "sft", "done": 1, "total": 100, "unit": "steps"}
+    lines = PlainLines(since=0.0)
+    assert lines.lines(replay([start, waiting]), waiting) == ["    0.0s  sft: waiting for 2 workers"]
+    assert lines.lines(replay([start, waiting, step]), step) == ["    0.0s  sft: 1/100 steps"]
+    for events, is_waiting in (([start, waiting], True), ([start, waiting, step], False)):
+        state = replay([{"t": 0.0, "event": "run_started", "run": "x", "stages": []}, *events])
+        text = "\n".join(rendered_lines(render(state, width, 90.0), width))
+        assert ("waiting for 2 workers" in text) is is_waiting
+
+
 def test_earlier_invocations_are_not_printed_again(tmp_path: Path) -> None:
     events = failed_events()
     shift = time.time() - 60 - events[-1]["t"]
