@@ -134,9 +134,33 @@ folder = Path(sys.argv[1])
 ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 job = ScorePass(("a",), folder / "out", "run")
 units = [{"shard": str(path)} for path in sorted((folder / "rows").iterdir())]
-counts = list(map_on_cpus(Actor, (job,), units, 2))
+counts = list(map_on_cpus(Actor, (job,), units, 2, 20))
 print("rows", sum(shard["scored"] for shard in counts), sum(shard["failed"] for shard in counts))
 """
+
+
+ALWAYS_KILLED = """
+import os
+import ray
+from tunery.workers.map_tasks import map_on_cpus
+
+class Actor:
+    def __call__(self, batch):
+        os.kill(os.getpid(), 9)
+
+ray.init(num_cpus=2, address="local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+try:
+    list(map_on_cpus(Actor, (), [{"task": 1}], 1, 2))
+except ray.exceptions.RayActorError:
+    print("failed")
+"""
+
+
+def test_task_that_always_kills_its_actor_fails() -> None:
+    """An actor that runs out of memory, for example, is not restarted for ever."""
+    command = [sys.executable, "-c", ALWAYS_KILLED]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
+    assert done.stdout.splitlines()[-1] == "failed", done.stdout + done.stderr
 
 
 def test_row_that_crashes_its_actor_is_quarantined_and_the_stage_completes(tmp_path: Path) -> None:

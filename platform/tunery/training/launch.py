@@ -137,17 +137,17 @@ class WorkersLauncher(_Launcher):
         max_crashes: int = DEFAULT_MAX_CRASHES,
     ) -> Iterator[Task]:
         if on_cpu:
-            return self._map_on_cpus(callable_class, constructor_args, tasks)
+            return self._map_on_cpus(callable_class, constructor_args, tasks, max_crashes)
         group = self.workers.group(self.compute)
         return group.map(callable_class, constructor_args, tasks, max_crashes, self.waiting)
 
     def _map_on_cpus(
-        self, callable_class: type, constructor_args: tuple[Any, ...], tasks: list[Task]
+        self, callable_class: type, constructor_args: tuple[Any, ...], tasks: list[Task], max_crashes: int
     ) -> Iterator[Task]:
         free, reserved = num_workers(free_resources(), "cpu", 1), self.workers.reserved_cpus
         if reserved > free:  # reserved by the workers, which are idle while this stage runs
-            return map_on_cpus(callable_class, constructor_args, tasks, reserved, num_cpus=0)
-        return map_on_cpus(callable_class, constructor_args, tasks, max(1, free))
+            return map_on_cpus(callable_class, constructor_args, tasks, reserved, max_crashes, num_cpus=0)
+        return map_on_cpus(callable_class, constructor_args, tasks, max(1, free), max_crashes)
 
 
 @dataclass(frozen=True)

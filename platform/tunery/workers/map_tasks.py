@@ -20,12 +20,22 @@ def map_in_process(callable_class: type, constructor_args: tuple[Any, ...], task
         yield {column: values[0] for column, values in results.items()}
 
 
+MAX_ACTOR_RESTARTS = 100
+"""How often an actor restarts in all, whatever killed it. The preemption of a node does not count."""
+
+
 def map_on_cpus(
-    callable_class: type, constructor_args: tuple[Any, ...], tasks: Sequence[Task], num_actors: int, num_cpus: int = 1
+    callable_class: type,
+    constructor_args: tuple[Any, ...],
+    tasks: Sequence[Task],
+    num_actors: int,
+    max_crashes: int,
+    num_cpus: int = 1,
 ) -> Iterator[Task]:
     """The same on at most `num_actors` Ray Data actors that reserve `num_cpus` CPUs each, in order of completion.
 
-    A TuneryError that an actor raises is raised here unchanged.
+    A task whose actor died is repeated up to `max_crashes` times. A TuneryError that an actor raises is raised here
+    unchanged.
     """
     import ray.data
     import ray.exceptions
@@ -39,6 +49,9 @@ def map_on_cpus(
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(tasks))),
         num_cpus=num_cpus,
+        # Ray Data (2.60, operators/actor_pool_map_operator.py) repeats a task for ever by default.
+        max_restarts=MAX_ACTOR_RESTARTS,
+        max_task_retries=max_crashes,
     )
     try:
         yield from dataset.iter_rows()
