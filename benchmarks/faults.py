@@ -30,12 +30,14 @@ import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCAL = ROOT / "cluster" / "local.sh"
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from local_cluster import LocalCluster  # noqa: E402
+
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": str(ROOT / "platform"),
     "WANDB_MODE": "disabled",
-    "RAY": str(Path(sys.executable).parent / "ray"),
     "COLUMNS": "200",
 }
 WAIT_SECONDS = 300.0
@@ -135,53 +137,6 @@ CASES = {
 }
 
 
-class Cluster:
-    """Three nodes with two CPUs each."""
-
-    def __init__(self, state: Path) -> None:
-        self._state = state
-        self._environment = {**ENVIRONMENT, "TUNERY_CLUSTER": str(state)}
-
-    def start(self) -> None:
-        self.stop()
-        subprocess.run([LOCAL, "start", "3", "2"], env=self._environment, check=True, capture_output=True, timeout=200)
-
-    def stop(self) -> None:
-        for group in self.groups():
-            signal_group(group, signal.SIGCONT)
-        subprocess.run([LOCAL, "stop"], env=self._environment, check=True, capture_output=True, timeout=60)
-
-    def groups(self) -> list[int]:
-        """Process groups of the nodes, the head first."""
-        path = self._state / "pids"
-        return [int(line) for line in path.read_text().split()] if path.is_file() else []
-
-    @property
-    def access(self) -> dict[str, str]:
-        return {
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN_PATH": str(self._state / "token"),
-            "RAY_ADDRESS": (self._state / "address").read_text().strip(),
-        }
-
-    def reserved_cpus(self) -> float:
-        """CPUs that are reserved after a run, within 30 s."""
-        code = (
-            "import ray, time; ray.init(log_to_driver=False, logging_level='ERROR'); end = time.time() + 30\n"
-            "f = lambda: ray.cluster_resources().get('CPU', 0) - ray.available_resources().get('CPU', 0)\n"
-            "while f() and time.time() < end: time.sleep(1)\n"
-            "print('reserved', f())"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**ENVIRONMENT, **self.access},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        return float(done.stdout.split()[-1]) if done.returncode == 0 else float("nan")
-
-
 def signal_group(group: int, number: int) -> None:
     try:
         os.killpg(group, number)
@@ -193,7 +148,7 @@ def signal_group(group: int, number: int) -> None:
 class Attempt:
     """A run that is about to be disturbed."""
 
-    cluster: Cluster
+    cluster: LocalCluster
     case: Case
     folder: Path
     store: Path
@@ -334,10 +289,10 @@ def write_experiment(folder: Path, name: str, case: Case) -> Path:
     return file
 
 
-def start(file: Path, store: Path, cluster: Cluster) -> subprocess.Popen[str]:
+def start(file: Path, store: Path, cluster: LocalCluster) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "tunery", "run", str(file), "--store", str(store)],
-        env={**ENVIRONMENT, **cluster.access},
+        env={**ENVIRONMENT, **cluster.driver_environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -401,7 +356,7 @@ def upstream_store(store: Path, case: Case) -> Callable[[str, list[str]], set[st
     return ignore
 
 
-def disturb(fault: str, name: str, cluster: Cluster, folder: Path, reference: Path, file: Path) -> list[str]:
+def disturb(fault: str, name: str, cluster: LocalCluster, folder: Path, reference: Path, file: Path) -> list[str]:
     """Run one combination; return the row of the table."""
     case = CASES[name]
     disk = Disk(folder / f"disk-{time.time_ns()}", DISKS.get(fault))
@@ -469,7 +424,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the table to this Markdown file too")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="faults-", dir=arguments.folder))
-    cluster = Cluster(folder / "cluster")
+    cluster = LocalCluster(folder / "cluster", 3, 2)
     lines = [f"| {' | '.join(HEADER)} |", "|" + " --- |" * len(HEADER)]
     print("\n".join(lines), flush=True)
     try:

@@ -5,34 +5,24 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from workspace import ENVIRONMENT, ROOT, Workspace, facts, wait_for
-
-SCRIPT = str(ROOT / "cluster" / "local.sh")
+from local_cluster import LocalCluster
+from workspace import ENVIRONMENT, Workspace, facts, wait_for
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Environment variables for a cluster of three nodes with one CPU each."""
-    state = {
-        "TUNERY_CLUSTER": str(tmp_path_factory.mktemp("cluster") / "state"),
-        "RAY": str(Path(sys.executable).parent / "ray"),
-    }
-    environment = {**ENVIRONMENT, **state}
-    started = subprocess.run(
-        [SCRIPT, "start", "3", "1"], env=environment, capture_output=True, text=True, check=False, timeout=200
-    )
+    cluster = LocalCluster(tmp_path_factory.mktemp("cluster") / "state", 3, 1)
     try:
-        assert started.returncode == 0, started.stderr
-        words = started.stdout.replace("export ", "").split()
-        yield dict(word.split("=", 1) for word in words)
+        cluster.start()
+        yield cluster.environment
     finally:
-        subprocess.run([SCRIPT, "stop"], env=environment, check=True, timeout=60)
+        cluster.stop()
 
 
 def write(bench: Workspace, **stages: dict) -> None:

@@ -187,7 +187,7 @@ def _is_complete(out: Path) -> bool:
             lengths.add(sum(reader.get_batch(number).num_rows for number in range(reader.num_record_batches)))
         lengths |= {len(np.load(out / name)) for name in ("ids.npy", "sizes.npy")}
         quarantined = (out / "quarantine.jsonl").read_bytes().count(b"\n")
-    except (OSError, ValueError):  # absent, empty or truncated; pa.ArrowInvalid is a ValueError
+    except (OSError, ValueError, EOFError):  # absent, empty or truncated; pa.ArrowInvalid is a ValueError
         lengths.clear()
     if lengths == {counts.get("rows")} and quarantined == counts.get("quarantined"):
         return True

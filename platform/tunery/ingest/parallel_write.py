@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import pickle
 import sys
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tunery.store import Launcher
+from tunery.store.atomic_write import replace_file
 from tunery.store.rows import SCHEMA, ShardBoundaries, shard_path, write_shard
 from tunery.workers.map_tasks import Task, map_in_process
 
@@ -120,10 +120,8 @@ class ShardWriter:
         for index, pickled in zip(batch["shard"], batch["slices"], strict=True):
             slices: list[RowSlice] = pickle.loads(pickled)
             tables = [file.read(start, stop) for file, start, stop in slices]
-            # An actor that is no longer reachable may still be writing the same shard.
-            temporary = self._folder / f".{uuid.uuid4().hex}"
-            write_shard(tables, temporary)
-            temporary.rename(shard_path(self._folder, int(index)))
+            with replace_file(shard_path(self._folder, int(index)), sync=False) as temporary:
+                write_shard(tables, temporary)
             counts.append(sum(table.num_rows for table in tables))
         return {"rows": counts}
 

@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from tunery.errors import RowCountError, StageError
+from tunery.ingest.parallel_write import is_worth_parallel, map_files
 from tunery.ingest.row_samples import quarantine_facts
 from tunery.models.load import source_of
 from tunery.scoring.score_shard import ScorePass, failures_path, scored_rows
@@ -40,6 +41,7 @@ from tunery.scoring.shard_scorers import (
 from tunery.spec import Pretrained, Score, ScorerSpec
 from tunery.spec.scorers import SCORERS
 from tunery.store import StageContext, StageResult, fingerprint
+from tunery.store.atomic_write import replace_file, write_text
 from tunery.store.fingerprint import folder_digest
 from tunery.store.rows import shards, to_str_list
 from tunery.store.score_cache import ScoreCache, ids_to_uint64
@@ -185,55 +187,100 @@ def _combine_passes(context: StageContext, passes: Sequence[ScorePass], files: S
     assert isinstance(stage, Score)
     (context.out / "rows").mkdir()
     (context.out / "scores").mkdir()
-    corpus_columns = {
-        spec.score: _resolve_corpus_scorer(context, spec, passes, files) for spec in stage.by if _compares_rows(spec)
-    }
-    num_quarantined = 0
-    with (context.out / "quarantine.jsonl").open("w", encoding="utf-8") as quarantine:
+    folder = context.staging_dir / "combined"
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
+    folder.mkdir(parents=True)
+    corpus_scores = [spec for spec in stage.by if _compares_rows(spec)]
+    for spec in corpus_scores:
+        _write_corpus_scores(context, spec, passes, files, folder / spec.score)
+    arguments = (context.name, passes, {spec.score: folder / spec.score for spec in corpus_scores}, folder, context.out)
+    parallel = is_worth_parallel(context.launcher, sum(path.stat().st_size for path in files))
+    tasks = [{"shard": str(path)} for path in files]
+    num_rows = num_quarantined = 0
+    for result in map_files(context.launcher, parallel, ShardCombiner, arguments, tasks):
+        num_rows += int(result["rows"])
+        num_quarantined += int(result["quarantined"])
+    with (context.out / "quarantine.jsonl").open("wb") as quarantine:
         for path in files:
-            failed: dict[int, str] = {}
-            columns: dict[str, Any] = {}
-            for score_pass in passes:
-                result = _read_scores(
-                    score_pass.folder / path.name, [name for name in score_pass.scores if name not in corpus_columns]
-                )
-                columns.setdefault("id", result["id"])
-                if result["id"] != columns["id"]:
-                    raise RowCountError(context.name, f"the scores of {path.name} do not belong to its rows")
-                reasons = failures_path(score_pass, path)
-                if reasons.is_file():
-                    failed |= {int(index): reason for index, reason in json.loads(reasons.read_text()).items()}
-                new = [(name.replace(":", "_"), result[name]) for name in result.column_names if name != "id"]
-                for name in score_pass.scores:
-                    new += next(corpus_columns[name]).items() if name in corpus_columns else ()
-                names = [*columns, *(name for name, _ in new)]
-                if duplicates := sorted({name for name in names if names.count(name) > 1}):
-                    raise StageError(
-                        context.name,
-                        f"two scores have a column `{duplicates[0]}`",
-                        cause="a column that explains a score is named `<score>_<column>`",
-                        remedy="give one of the two scores another `name`",
-                    )
-                columns |= dict(new)
-            scores = pa.table(columns)
-            rows_path = context.out / "rows" / path.name
-            if not failed:
-                _link_or_copy(path, rows_path)
-            else:
-                num_quarantined += len(failed)
-                rows = pq.read_table(path)
-                kept = np.setdiff1d(np.arange(len(rows)), np.fromiter(failed, np.int64))
-                for index, reason in sorted(failed.items()):
-                    row = rows.slice(index, 1).to_pylist()[0]
-                    entry = {"source": row["source"], "line": row["line"], "id": row["id"], "reason": reason}
-                    quarantine.write(json.dumps(entry, ensure_ascii=False) + "\n")
-                pq.write_table(rows.take(kept), rows_path)
-                scores = scores.take(kept)
-            pq.write_table(scores, context.out / "scores" / path.name)
-    if num_quarantined and not any(pq.read_metadata(path).num_rows for path in shards(context.out)):
+            if (part := folder / f"{path.stem}.quarantine.jsonl").is_file():
+                with part.open("rb") as lines:
+                    shutil.copyfileobj(lines, quarantine)
+    shutil.rmtree(folder)
+    if num_quarantined and not num_rows:
         first = json.loads((context.out / "quarantine.jsonl").read_text().splitlines()[0])
         raise StageError(context.name, f"none of {num_quarantined:,} rows can be scored", cause=first["reason"])
     return num_quarantined
+
+
+class ShardCombiner:
+    """Joins the results of all passes over a shard."""
+
+    def __init__(
+        self, stage: str, passes: Sequence[ScorePass], corpus_scores: Mapping[str, Path], folder: Path, out: Path
+    ) -> None:
+        """corpus_scores: folder with the columns of each shard, by score that compares rows; folder: for quarantined
+        rows; out: folder of the artifact."""
+        self._stage, self._passes, self._corpus_scores = stage, passes, corpus_scores
+        self._folder, self._out = folder, out
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """{"shard": [path]} -> {"rows": [count], "quarantined": [count]}, one entry per shard."""
+        counts = [self._combine(Path(path)) for path in batch["shard"]]
+        return {"rows": [rows for rows, _ in counts], "quarantined": [quarantined for _, quarantined in counts]}
+
+    def _combine(self, path: Path) -> tuple[int, int]:
+        columns, failed = self._columns(path)
+        scores = pa.table(columns)
+        with replace_file(self._out / "rows" / path.name, sync=False) as rows_path:
+            if not failed:
+                _link_or_copy(path, rows_path)
+            else:
+                rows = pq.read_table(path)
+                self._write_quarantine(path, rows, failed)
+                kept = np.setdiff1d(np.arange(len(rows)), np.fromiter(failed, np.int64))
+                pq.write_table(rows.take(kept), rows_path)
+                scores = scores.take(kept)
+        with replace_file(self._out / "scores" / path.name, sync=False) as scores_path:
+            pq.write_table(scores, scores_path)
+        return len(scores), len(failed)
+
+    def _write_quarantine(self, path: Path, rows: pa.Table, failed: Mapping[int, str]) -> None:
+        lines = []
+        for index, reason in sorted(failed.items()):
+            row = rows.slice(index, 1).to_pylist()[0]
+            entry = {"source": row["source"], "line": row["line"], "id": row["id"], "reason": reason}
+            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        write_text(self._folder / f"{path.stem}.quarantine.jsonl", "".join(lines), sync=False)
+
+    def _columns(self, path: Path) -> tuple[dict[str, Any], dict[int, str]]:
+        """Return id and the columns of all scores of a shard, and the reason for each row that a pass quarantined."""
+        failed: dict[int, str] = {}
+        columns: dict[str, Any] = {}
+        for score_pass in self._passes:
+            result = _read_scores(
+                score_pass.folder / path.name, [name for name in score_pass.scores if name not in self._corpus_scores]
+            )
+            columns.setdefault("id", result["id"])
+            if result["id"] != columns["id"]:
+                raise RowCountError(self._stage, f"the scores of {path.name} do not belong to its rows")
+            reasons = failures_path(score_pass, path)
+            if reasons.is_file():
+                failed |= {int(index): reason for index, reason in json.loads(reasons.read_text()).items()}
+            new = [(name.replace(":", "_"), result[name]) for name in result.column_names if name != "id"]
+            for name in score_pass.scores:
+                if name in self._corpus_scores:
+                    table = pq.read_table(self._corpus_scores[name] / path.name)
+                    new += zip(table.column_names, table.columns, strict=True)
+            names = [*columns, *(name for name, _ in new)]
+            if duplicates := sorted({name for name in names if names.count(name) > 1}):
+                raise StageError(
+                    self._stage,
+                    f"two scores have a column `{duplicates[0]}`",
+                    cause="a column that explains a score is named `<score>_<column>`",
+                    remedy="give one of the two scores another `name`",
+                )
+            columns |= dict(new)
+        return columns, failed
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -254,15 +301,18 @@ def _compares_rows(spec: ScorerSpec) -> bool:
     return SCORERS[spec.kind()].input_kind == "across"
 
 
-def _resolve_corpus_scorer(
-    context: StageContext, spec: ScorerSpec, passes: Sequence[ScorePass], files: Sequence[Path]
-) -> Iterator[dict[str, Any]]:
-    """Yield the columns of each shard from a scorer that compares rows."""
+def _write_corpus_scores(
+    context: StageContext, spec: ScorerSpec, passes: Sequence[ScorePass], files: Sequence[Path], folder: Path
+) -> None:
+    """Write the columns of a scorer that compares rows, one file per shard. They are computed in this process."""
     (score_pass,) = (score_pass for score_pass in passes if spec.score in score_pass.scores)
     scorer: CorpusScorer = SCORERS[spec.kind()].load()(spec)
     signatures = RowSignatures(tuple(score_pass.folder / path.name for path in files), f"{spec.score}:")
-    for columns in scorer.resolve(signatures, context.staging_dir / "across" / spec.score):
-        yield {spec.score if key == "score" else f"{spec.score}_{key}": pa.array(v) for key, v in columns.items()}
+    folder.mkdir()
+    resolved = scorer.resolve(signatures, context.staging_dir / "across" / spec.score)
+    for path, columns in zip(files, resolved, strict=True):
+        named = {spec.score if key == "score" else f"{spec.score}_{key}": pa.array(v) for key, v in columns.items()}
+        pq.write_table(pa.table(named), folder / path.name)
 
 
 def _cache_scores(context: StageContext, score_pass: ScorePass) -> None:

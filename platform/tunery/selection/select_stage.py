@@ -37,6 +37,7 @@ from tunery.selection.scored_rows import ScoredRows, score_directions
 from tunery.selection.thresholds import QuotaThreshold
 from tunery.spec import RANDOM, Select
 from tunery.store import Artifact, StageContext, StageResult
+from tunery.store.atomic_write import replace_file, write_text
 from tunery.store.rows import content_bytes, to_str_list
 
 
@@ -192,8 +193,9 @@ class ShardFilter:
                 json.dumps({**row, "rule": reason}, ensure_ascii=False) + "\n"
                 for row, reason in zip(dropped, reasons, strict=True)
             ]
-            _mask_file(self._masks, path, "dropped.jsonl").write_text("".join(lines), encoding="utf-8")
-            np.save(_mask_file(self._masks, path, "sizes.npy"), content_bytes(rows.filter(pa.array(kept))))
+            write_text(_mask_file(self._masks, path, "dropped.jsonl"), "".join(lines), sync=False)
+            with replace_file(_mask_file(self._masks, path, "sizes.npy"), sync=False) as file:
+                np.save(file, content_bytes(rows.filter(pa.array(kept))))
             samples = self._samples.empty_copy()
             samples.add(rows, self._table.shard_column(path, samples.score), kept)
             results["rows"].append(len(rows))
