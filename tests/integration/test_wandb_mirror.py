@@ -117,7 +117,7 @@ def records(data: bytes) -> Iterator[bytes]:
 def mirror(folder: Path, events: list[Event], mode: Any = "offline") -> WandbResult:
     """Do what a command does: start the mirror, write the events of the last invocation, close the mirror."""
     write_run(folder, events[: last_invocation(events)])
-    mirrored = WandbMirror(Wandb(project="p", mode=mode), "quickstart", folder, EXPERIMENT)
+    mirrored = WandbMirror(Wandb(project="p", mode=mode, log_texts=True), "quickstart", folder, EXPERIMENT)
     mirrored.start()
     write_run(folder, events)
     return mirrored.close()

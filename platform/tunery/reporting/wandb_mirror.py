@@ -168,7 +168,8 @@ class WandbMirror:
 
     def _mirror(self) -> None:
         repair_files(self._folder / "wandb")
-        translator = Translator(self._run, self._experiment, exit_codes(self._folder / "wandb"))
+        exited = exit_codes(self._folder / "wandb")
+        translator = Translator(self._run, self._experiment, exited, self._settings.log_texts)
         self._apply_all(translator.before(self._earlier))
         self._earlier.clear()
         pending: list[Event] = []
@@ -181,7 +182,7 @@ class WandbMirror:
             pending = pending[len(ready) :]
             self._apply_all(translator.translate(ready))
         report, id = self._folder / "report.html", run_id(self._run)
-        if report.is_file() and id in self._runs:
+        if self._settings.log_texts and report.is_file() and id in self._runs:
             self._attempt(partial(self._runs[id].save, report, base_path=self._folder, policy="end", glob=False))
         self._apply_all(translator.close())
         if translator.late:
@@ -310,6 +311,7 @@ def _settings() -> wandb.Settings:
         disable_code=True,
         disable_git=True,
         disable_job_creation=True,
+        x_disable_meta=True,  # command line, user and host name of the driver
         symlink=False,  # the report is part of the run, not a link out of it
         init_timeout=INIT_SECONDS,
         finish_timeout=FINISH_SECONDS,

@@ -23,8 +23,8 @@ from tunery.reporting.importance import importances, too_few_trials
 from tunery.reporting.wandb_values import HistoryValue, WandbTable, table
 
 
-def search_tables(state: RunState) -> dict[str, HistoryValue]:
-    """All tables of the search that have a row."""
+def search_tables(state: RunState, log_texts: bool) -> dict[str, HistoryValue]:
+    """All tables of the search that have a row; `filter_samples` only with `log_texts`."""
     search = state.search
     if search is None or not search.trials:
         return {}
@@ -34,7 +34,7 @@ def search_tables(state: RunState) -> dict[str, HistoryValue]:
         "importance": importance_table(search),
         "pareto_front": front_table(search),
         "funnel": funnel_table(state, search),
-        "filter_samples": samples_table(search),
+        **({"filter_samples": samples_table(search)} if log_texts else {}),
     }
     return {name: table for name, table in tables.items() if table.rows}
 

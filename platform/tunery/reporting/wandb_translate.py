@@ -102,10 +102,11 @@ def plan(
     run: str,
     experiment: Mapping[str, Any],
     stored: Mapping[str, int | None] = MappingProxyType({}),
+    log_texts: bool = False,
 ) -> list[Action]:
     """Return all actions for a complete log. Only the last of several invocations is mirrored."""
     starts = [index for index, event in enumerate(events) if event["event"] == "run_started"] or [0]
-    translator = Translator(run, experiment, stored)
+    translator = Translator(run, experiment, stored, log_texts)
     return [
         *translator.before(events[: starts[-1]]),
         *translator.translate(events[starts[-1] :]),
@@ -125,17 +126,22 @@ class Translator:
     therefore sent its complete curve from the log; wandb_files.History skips the rows that W&B already has.
 
     `stored`: exit code by id of the runs with a local W&B file, None without one. A run that ended in an earlier
-    invocation, but not in its file, is reopened, completed and finished.
+    invocation, but not in its file, is reopened, completed and finished. `log_texts`: as in `tracking.wandb`.
     """
 
     def __init__(
-        self, run: str, experiment: Mapping[str, Any], stored: Mapping[str, int | None] = MappingProxyType({})
+        self,
+        run: str,
+        experiment: Mapping[str, Any],
+        stored: Mapping[str, int | None] = MappingProxyType({}),
+        log_texts: bool = False,
     ) -> None:
         self.late = 0
         """Points that came after the end of their stage, and were dropped."""
         self._run = run
         self._experiment = experiment
         self._stored = stored
+        self._log_texts = log_texts
         self._state = RunState()
         self._summary_id = run_id(run)
         self._before: dict[
@@ -218,7 +224,7 @@ class Translator:
         values: dict[str, HistoryValue] = {}
         for title, summary in self._state.comparisons.items():
             values[_slug(title)] = table(summary["columns"], summary["rows"])
-        values |= search_tables(self._state)
+        values |= search_tables(self._state, self._log_texts)
         for name, stage in self._state.stages.items():
             values |= histograms(stage.facts, f"{name}.")
         if values:
@@ -271,7 +277,7 @@ class Translator:
         if event.get("reused") and ended.id not in self._open:
             return []
         actions = self._open_stage(event, ended)
-        values = histograms(facts) | responses(facts)
+        values = histograms(facts) | (responses(facts) if self._log_texts else {})
         if values:
             actions.append(Log(ended.id, values, float(event["t"])))
         more = {"seconds": event.get("seconds"), "reused": bool(event.get("reused")), "artifact": event.get("artifact")}
@@ -375,7 +381,8 @@ class Translator:
     # Configs and summary.
 
     def _config(self) -> dict[str, Any]:
-        return {**self._experiment, "versions": self._state.versions, "command": self._state.command}
+        command = {"command": self._state.command} if self._log_texts else {}
+        return {**self._experiment, "versions": self._state.versions, **command}
 
     def _spec(self, stage: str) -> dict[str, Any]:
         """Config of the stage; for `sft (best trial)` with the best trial's values."""

@@ -62,6 +62,10 @@ class Wandb(Config):
     """W&B user or team; the account's default when not given."""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online if an API key is set, else offline (upload later with `wandb sync`)."""
+    log_texts: bool = False
+    """Whether W&B gets texts: prompts with their responses, rows that filters kept and dropped, the report, which has
+    the experiment file and samples of rows, and the command line. Metrics and the values of the experiment are logged
+    in any case."""
 
 
 class Tracking(Config):

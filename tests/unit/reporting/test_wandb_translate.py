@@ -41,7 +41,7 @@ def event(name: str, at: float = 0.0, **values: Any) -> Event:
 
 def translated(events: list[Event], **more: Any) -> list[Any]:
     run = next((str(e["run"]) for e in events if e.get("run")), "quickstart")
-    return list(plan(events, run, EXPERIMENT, **more))
+    return list(plan(events, run, EXPERIMENT, **{"log_texts": True, **more}))
 
 
 def of_type(kind: type, actions: list[Any], id: str | None = None) -> list[Any]:
@@ -102,7 +102,7 @@ def test_ids_are_deterministic_and_distinct() -> None:
 def test_actions_do_not_depend_on_read_boundaries(size: int) -> None:
     events = sample_events()
     second = [index for index, e in enumerate(events) if e["event"] == "run_started"][1]
-    translator = Translator("quickstart", EXPERIMENT)
+    translator = Translator("quickstart", EXPERIMENT, log_texts=True)
     translator.before(events[:second])
     actions: list[Any] = []
     for start in range(second, len(events), size):
@@ -464,6 +464,20 @@ def test_unsearched_filter_has_no_samples() -> None:
             entry["space"] = {path: line for path, line in entry["space"].items() if path != SHARE}
     (log,) = of_type(Log, translated(events), run_id("searched"))
     assert "filter_samples" not in log.values
+
+
+def test_texts_are_logged_only_on_request() -> None:
+    def texts(log_texts: bool) -> str:
+        return repr(
+            [
+                translated(events, log_texts=log_texts)
+                for events in (searched_events(), rewarded_events(), sample_events())
+            ]
+        )
+
+    private = ["<b>row</b> of t00", *(entry["prompt"] for entry in PPO_FACTS["responses"]), "'command'"]
+    assert all(text in texts(True) for text in private)
+    assert not [text for text in private if text in texts(False)]
 
 
 def test_search_summary_has_winner_ties_and_end_reason() -> None:
