@@ -3,6 +3,9 @@
 A checkpoint is synced to the disk before it is marked as complete, so no mark survives a power failure without its
 checkpoint. If a mark or a JSON file is truncated nevertheless, the checkpoint counts as incomplete: the training
 resumes from an earlier one, or starts again.
+
+DeepSpeed's files are pickles, and loading a pickle may run code. A checkpoint is therefore loaded only if this user
+wrote all of it and no other user can have changed it.
 """
 
 from __future__ import annotations
@@ -13,11 +16,16 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tunery.errors import TuneryError
 from tunery.store.atomic_write import publish_folder, remove_temporaries, sync_tree, temporary_name, write_text
 
 HISTORY = "history.jsonl"
 COMPLETE = "whole"
 """Name of the file that marks a checkpoint as complete. It is written last and contains the checkpoint's signature."""
+
+
+WRITABLE_BY_OTHERS = 0o022
+"""Permission bits."""
 
 
 def checkpoint_signature(workers: int, zero_stage: int, dtype: str) -> str:
@@ -26,8 +34,10 @@ def checkpoint_signature(workers: int, zero_stage: int, dtype: str) -> str:
 
 
 def mark_complete(checkpoints: Path, step: int, signature: str) -> None:
-    """Mark the checkpoint of `step` as complete and remove all older ones."""
+    """Mark the checkpoint of `step` as complete and remove all older ones. Other users cannot write to it."""
     checkpoint = checkpoints / f"checkpoint-{step}"
+    for path in (checkpoint, *checkpoint.rglob("*")):
+        path.chmod(path.stat().st_mode & ~WRITABLE_BY_OTHERS)
     sync_tree(checkpoint)
     write_text(checkpoint / COMPLETE, signature)
     for older in checkpoints.glob("checkpoint-*"):
@@ -43,9 +53,31 @@ def remove_incompatible(checkpoints: Path, signature: str) -> None:
 
 
 def last_checkpoint(checkpoints: Path, signature: str) -> Path | None:
-    """Return the newest complete checkpoint with this signature, or None."""
+    """Return the newest complete checkpoint with this signature, or None. Raises TuneryError if another user may have
+    written it."""
     complete = [path for path in checkpoints.glob("checkpoint-*") if _is_complete(path, signature)]
-    return max(complete, key=step_of, default=None)
+    last = max(complete, key=step_of, default=None)
+    if last is not None:
+        _check_is_own(last)
+    return last
+
+
+def _check_is_own(checkpoint: Path) -> None:
+    probe = temporary_name(checkpoint)
+    probe.touch()
+    own = probe.stat().st_uid  # not the process's user: NFS may map root to another one
+    probe.unlink()
+    for path in (checkpoint, *checkpoint.rglob("*")):
+        status = path.lstat()
+        if status.st_uid != own or (status.st_mode & WRITABLE_BY_OTHERS and not path.is_symlink()):
+            raise TuneryError(
+                f"the checkpoint {checkpoint} is not loaded: another user may have written {path.name}",
+                cause=f"it belongs to user {status.st_uid}, this process is user {own}"
+                if status.st_uid != own
+                else f"other users can write to it (mode {status.st_mode & 0o777:o})",
+                remedy=f"checkpoints can run code when they are loaded. If you trust it: `chown -R {own} {checkpoint} "
+                f"&& chmod -R go-w {checkpoint}`; else delete it, and the training starts again",
+            )
 
 
 def _is_complete(checkpoint: Path, signature: str) -> bool:
