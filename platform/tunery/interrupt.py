@@ -46,6 +46,7 @@ class StopSignals:
         self._installed = False
         self._armed = False
         self._alarm_before: Any = None
+        self._errors: dict[int, Exception] = {}
         self.exit_pipe: int | None = None
         """File descriptor of the pipe that the child of `report_abrupt_exit` reads."""
 
@@ -60,9 +61,20 @@ class StopSignals:
         return self._count >= SIGNALS_TO_HURRY
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a stop was requested, except inside `held()`."""
+        """Raise KeyboardInterrupt if a stop was requested, or the error that `fail` has set for this thread, except
+        inside `held()`."""
         if self._count and not self._held:
             raise KeyboardInterrupt
+        if self._errors and not self._held and (error := self._errors.pop(threading.get_ident(), None)):
+            raise error
+
+    def fail(self, thread: int, error: Exception) -> None:
+        """Make the next `check` of another thread (its `get_ident()`) raise `error`."""
+        self._errors[thread] = error
+
+    def unfail(self, thread: int) -> None:
+        """Withdraw the error of `fail`."""
+        self._errors.pop(thread, None)
 
     def forget(self) -> None:
         """Clear the request, for commands that continue after Ctrl-C has ended one part of them."""

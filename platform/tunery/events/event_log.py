@@ -20,7 +20,7 @@ and `trial` ("" outside a search). The kinds of event and their other keys:
                      sequences}]: the first rows of a training as token sequences (models/preview.py)
     stage_finished   kind, fingerprint, reused (bool), seconds, artifact (path), facts {..} (see each stage kind)
     stage_failed     kind, message, cause, remedy, log
-    search_started   metric, mode, metrics [..] (first metric, further objectives, constraints), objectives
+    search_started   fingerprint, metric, mode, metrics [..] (first metric, further objectives, constraints), objectives
                      [{metric, mode, weight}], constraints [{metric, max, min}], trials, scheduler, space {path: text},
                      max_concurrent, reason
     trial_started    trial, overrides {path: value}, origin ("initial" | "sampled" | "added" | "cloned" | "pbt_child" |

@@ -99,6 +99,9 @@ class Journal:
         try:
             with self._path.open("a", encoding="utf-8") as file:  # not kept open: Tune pickles objects with a journal
                 file.write(json.dumps(line) + "\n")
+                if line["event"] != "report":  # a lost report is repeated by its trial
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError:
             with suppress(OSError):  # a full disk may leave a partial line, which the next line would be appended to
                 os.truncate(self._path, size)

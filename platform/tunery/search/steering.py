@@ -1,6 +1,6 @@
 """Commands to a running search from another process: add a trial, stop a trial.
 
-    <run>/steering/<time>-<process>.json    {"overrides", "origin", "of"}: a trial to add
+    <run>/steering/<time>-<random>.json     {"overrides", "origin", "of"}: a trial to add
     <run>/steering/stop-<trial>             a request to stop this trial
 
 Each command is a file, written atomically by a rename. The search polls the folder. After a kill it reads the files
@@ -10,12 +10,14 @@ again; the journal says which commands it has already applied.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from tunery.store.atomic_write import write_json
 
 
 class SearchControl:
@@ -27,10 +29,8 @@ class SearchControl:
 
     def add_trial(self, overrides: Mapping[str, Any], origin: str = "added", of: str = "") -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"{time.time_ns():020d}-{os.getpid()}"
-        temporary = self._folder / f".{name}"
-        temporary.write_text(json.dumps({"overrides": dict(overrides), "origin": origin, "of": of}))
-        temporary.rename(self._folder / f"{name}.json")
+        name = f"{time.time_ns():020d}-{uuid.uuid4().hex[:8]}"
+        write_json(self._folder / f"{name}.json", {"overrides": dict(overrides), "origin": origin, "of": of})
 
     def new_trials(self) -> list[dict[str, Any]]:
         """Trials to add that were requested since the last call, in order of request."""

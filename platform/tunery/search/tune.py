@@ -64,6 +64,7 @@ def run_search(
     size = _effective_pack_size(experiment, _unpackable_reasons(experiment))
     log.write(
         "search_started",
+        fingerprint=cache_key,
         **search.describe(),
         max_concurrent=_max_concurrent_trials(capacity, size, search) if capacity else None,
         reason=_concurrency_reason(capacity, size) if capacity else "",

@@ -6,8 +6,8 @@ has seen no heartbeat for `EXPIRY` seconds of its own monotonic clock: the clock
 changed modification time, not a recent one. Check and takeover happen under a file lock, so only one process can take
 over a lease.
 
-A paused machine or an outage of the storage may last longer than that. The former owner then still runs, so results are
-committed within `fenced()`, which raises LeaseLost if another process has taken over.
+A paused machine or an outage of the storage may last longer than that. The former owner then still runs. It stops with
+LeaseLost at its next heartbeat, and results are committed within `fenced()`, which raises LeaseLost too.
 
 filelock's SoftFileLease (4.2) expires by age on this host too: it is taken over from a stopped process, and from a
 killed process that is not yet reaped only after its duration.
@@ -77,6 +77,8 @@ class Lease:
         """Last heartbeat of another owner, and the monotonic time at which it was first seen."""
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._holder = 0
+        """The thread that has entered the context."""
 
     def __enter__(self) -> Lease:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -87,6 +89,7 @@ class Lease:
             elif not self._may_be_dead():
                 raise LeaseHeld(holder)
             time.sleep(POLL_SECONDS)
+        self._holder = threading.get_ident()
         self._thread = threading.Thread(target=self._send_heartbeats, name=f"lease {self.path.name}", daemon=True)
         self._thread.start()
         return self
@@ -97,6 +100,7 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
+            STOP.unfail(self._holder)
         if self._is_owner():
             self.path.unlink(missing_ok=True)
 
@@ -147,9 +151,15 @@ class Lease:
         return owner is not None and owner["token"] == self.token
 
     def _send_heartbeats(self) -> None:
+        """Send heartbeats until the end. If another process has taken over the lease, the next wait of the holder (any
+        `STOP.check`) raises LeaseLost."""
         while not self._stop.wait(HEARTBEAT):
-            if self._is_owner():
-                with suppress(OSError):  # the file system may be unavailable for a moment; the next heartbeat retries
+            owner = _read_owner(self.path)  # None: the file system may be unavailable; the next heartbeat retries
+            if owner is not None and owner["token"] != self.token:
+                STOP.fail(self._holder, LeaseLost(self.path.name, _describe(owner)))
+                return
+            if owner is not None:
+                with suppress(OSError):
                     os.utime(self.path)
 
 

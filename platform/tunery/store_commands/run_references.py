@@ -5,8 +5,8 @@ with its fingerprint before its output is used, those of trials too, and those o
 experiment stay in the log. The log is searched for fingerprints as such, not for particular events, so events of
 plugins and of other versions of tunery count as well.
 
-The fingerprint of a search is not logged. A run refers to a search if it has one of its trials: their names are hashes
-of their values.
+Earlier versions did not log the fingerprint of a search. A run also refers to a search if it has one of its trials:
+their names are hashes of their values.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from tunery.errors import StoreError
+from tunery.interrupt import STOP, BackgroundCall
 from tunery.store import Artifact, Lease, LeaseHeld, LeaseLost, Store, new_output_dir
 from tunery.store import artifacts as artifacts_module
 from tunery.store import lease as lease_module
@@ -399,6 +400,24 @@ def test_holder_updates_the_heartbeat_of_its_lease(tmp_path: Path, monkeypatch: 
         while (tmp_path / "lease").stat().st_mtime < 1 and time.time() < deadline:
             time.sleep(0.01)
         assert time.time() - (tmp_path / "lease").stat().st_mtime < 5
+
+
+def test_next_wait_of_a_holder_that_has_lost_its_lease_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease_module, "HEARTBEAT", 0.01)
+    end = threading.Event()
+    training = BackgroundCall(end.wait)
+    with Lease(tmp_path / "lease"):
+        STOP.check()
+        write_lease(tmp_path / "lease", 0, host="elsewhere")
+        with pytest.raises(LeaseLost, match="another process has taken over lease"):
+            training.wait(30)
+    end.set()
+    STOP.check()
+
+    with Lease(tmp_path / "other"):
+        (tmp_path / "other").unlink()  # as if the file system were unavailable
+        time.sleep(0.1)
+        STOP.check()
 
 
 def test_release_of_a_lease_that_was_taken_over_does_not_delete_it(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from tunery.errors import StageError, Stopped, TuneryError
+from tunery.interrupt import STOP
 from tunery.models.load import Source
 from tunery.spec import TRAINERS, Compute, Stage, adapter_spec, settings_of, tuner_of
 from tunery.training.job import Job, Report
@@ -370,6 +371,7 @@ def train_packed(job: Job, scheduler: Any, report: Report) -> None:
 
 
 def _raise_if_stopped(job: Job) -> None:
+    STOP.check()
     if job.stop_file is not None and job.stop_file.exists():
         raise Stopped("stopped while it trained")
 
