@@ -5,7 +5,7 @@ READY := .venv/.ready
 STORE ?= .tunery
 SPREAD := -n logical --maxprocesses 8
 
-.PHONY: demo experiments test unit check format docs gpu constraints clean
+.PHONY: demo experiments test unit check format docs gpu faults constraints clean
 
 demo: $(READY)  ## the main job: one experiment from raw rows to a compared and tracked result
 	$(BIN)/tunery run experiments/quickstart.yaml --store $(STORE)
@@ -37,6 +37,9 @@ docs: $(READY)  ## rebuild the generated pages of docs/
 
 gpu:  ## the quickstart on one GPU and on two, ZeRO-2 and ZeRO-3, beside the CPU; on a host that has tunery's packages
 	$(PYTHON) benchmarks/gpu_matches_cpu.py
+
+faults: $(READY)  ## what happens when workers, nodes, drivers and disks fail, on three nodes; as root also disks; about an hour
+	PYTHONPATH=platform $(BIN)/python benchmarks/faults.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -26,13 +26,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "support"))
 
-from local_cluster import LocalCluster  # noqa: E402
+from local_cluster import LocalCluster, signal_node  # noqa: E402
 
 ENVIRONMENT = {
     **os.environ,
@@ -137,13 +136,6 @@ CASES = {
 }
 
 
-def signal_group(group: int, number: int) -> None:
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        pass
-
-
 @dataclass
 class Attempt:
     """A run that is about to be disturbed."""
@@ -153,34 +145,6 @@ class Attempt:
     folder: Path
     store: Path
     driver: subprocess.Popen[str]
-
-    def workers(self) -> list[psutil.Process]:
-        """Processes of the cluster that do the work of the stage."""
-        groups = set(self.cluster.groups())
-        return [
-            process
-            for process in psutil.process_iter()
-            if _title(process).startswith(self.case.process) and _group(process) in groups
-        ]
-
-    def node_of_a_worker(self) -> int:
-        """Process group of a node, not the head, that has a worker."""
-        head = self.cluster.groups()[0]
-        return next(group for worker in self.workers() if (group := _group(worker)) != head)
-
-
-def _title(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-def _group(process: psutil.Process) -> int:
-    try:
-        return os.getpgid(os.getsid(process.pid))
-    except ProcessLookupError:
-        return -1
 
 
 # Faults. Each returns a function that repairs what it broke, called before the same command is run again.
@@ -193,30 +157,30 @@ def nothing() -> None:
 
 
 def worker_killed(attempt: Attempt) -> Repair:
-    attempt.workers()[0].kill()
+    attempt.cluster.processes(attempt.case.process)[0].kill()
     return nothing
 
 
 def node_killed(attempt: Attempt) -> Repair:
-    signal_group(attempt.node_of_a_worker(), signal.SIGKILL)
+    signal_node(attempt.cluster.node_of_a_worker(attempt.case.process), signal.SIGKILL)
     return attempt.cluster.start
 
 
 def node_frozen_for_30_s(attempt: Attempt) -> Repair:
-    group = attempt.node_of_a_worker()
-    signal_group(group, signal.SIGSTOP)
+    group = attempt.cluster.node_of_a_worker(attempt.case.process)
+    signal_node(group, signal.SIGSTOP)
     time.sleep(30)
-    signal_group(group, signal.SIGCONT)
+    signal_node(group, signal.SIGCONT)
     return attempt.cluster.start
 
 
 def node_frozen_for_good(attempt: Attempt) -> Repair:
-    signal_group(attempt.node_of_a_worker(), signal.SIGSTOP)
+    signal_node(attempt.cluster.node_of_a_worker(attempt.case.process), signal.SIGSTOP)
     return attempt.cluster.start
 
 
 def head_killed(attempt: Attempt) -> Repair:
-    signal_group(attempt.cluster.groups()[0], signal.SIGKILL)
+    signal_node(attempt.cluster.groups()[0], signal.SIGKILL)
     return attempt.cluster.start
 
 

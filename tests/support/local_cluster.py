@@ -9,6 +9,8 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "cluster" / "local.sh"
 RESERVED = """
@@ -21,6 +23,29 @@ while reserved() and time.time() < end:
     time.sleep(1)
 print("reserved", reserved())
 """
+
+
+def signal_node(group: int, number: int) -> None:
+    """Send a signal to all processes of a node."""
+    for process in psutil.process_iter():
+        if node_group(process) == group:
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+
+def node_group(process: psutil.Process) -> int:
+    """Return the process group that the node of a process was started in; -1 if it has ended."""
+    try:
+        return os.getsid(process.pid)
+    except ProcessLookupError:
+        return -1
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 class LocalCluster:
@@ -46,14 +71,26 @@ class LocalCluster:
 
     def stop(self) -> None:
         for group in self.groups():
-            with suppress(ProcessLookupError):
-                os.killpg(group, signal.SIGCONT)
+            signal_node(group, signal.SIGCONT)
         subprocess.run([SCRIPT, "stop"], env=self._environment, check=True, capture_output=True, timeout=60)
 
     def groups(self) -> list[int]:
         """Return the process groups of the nodes, the head first."""
         path = self._state / "pids"
         return [int(line) for line in path.read_text().split()] if path.is_file() else []
+
+    def processes(self, title: str) -> list[psutil.Process]:
+        """Return the processes of all nodes whose command line starts with `title`, such as `ray::RayTrainWorker`."""
+        groups = self.groups()
+        return [
+            process
+            for process in psutil.process_iter()
+            if _command_line(process).startswith(title) and node_group(process) in groups
+        ]
+
+    def node_of_a_worker(self, title: str) -> int:
+        """Return the process group of a node, not the head, that has such a process."""
+        return next(group for process in self.processes(title) if (group := node_group(process)) != self.groups()[0])
 
     @property
     def driver_environment(self) -> dict[str, str]:

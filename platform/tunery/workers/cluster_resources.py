@@ -3,9 +3,14 @@ it fits."""
 
 from __future__ import annotations
 
+import socket
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+CONNECT_SECONDS = 5.0
+"""Time limit for a connection to a node."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,23 @@ def free_resources() -> list[NodeResources]:
     from ray._private.state import available_resources_per_node  # ray.available_resources() returns only the sum
 
     return [_node(resources) for resources in available_resources_per_node().values()]
+
+
+def dead_nodes(node_ids: Collection[str]) -> set[str]:
+    """Return which of these nodes are dead. Ray (2.60) notices the death of a node's raylet after 15 s or more of missed
+    health checks, so this also tries to connect to it."""
+    import ray
+
+    known = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
+    return {id for id in node_ids if id not in known or not _accepts_connections(known[id])}
+
+
+def _accepts_connections(node: dict[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _node(resources: dict[str, float]) -> NodeResources:

@@ -117,6 +117,8 @@ class JobQueue:
         self._sessions: dict[int, int] = dict.fromkeys(range(num_workers), 0)
         """Number of the session of each rank. It increases when a worker starts or fails, and messages of earlier
         sessions are ignored."""
+        self._nodes: dict[int, str] = {}
+        """Id of the node that each rank was started on last."""
         self._joined: set[int] = set()
         """Ranks of the workers that are running."""
         self._job: _Job | None = None
@@ -135,10 +137,11 @@ class JobQueue:
 
     # Called by workers.
 
-    async def join(self, rank: int) -> int:
-        """Register a worker that has started; return the number of its session."""
+    async def join(self, rank: int, node: str = "") -> int:
+        """Register a worker that has started on `node` (its id); return the number of its session."""
         async with self._changed:
             self._sessions[rank] += 1
+            self._nodes[rank] = node
             self._joined.add(rank)
             self._requeue(rank)
             self._changed.notify_all()
@@ -196,6 +199,10 @@ class JobQueue:
                 self._add_result(task, result, error)
 
     # Called by Ray Train's controller.
+
+    async def nodes(self) -> dict[int, str]:
+        """Return the id of the node of each rank."""
+        return self._nodes
 
     async def fail(
         self, ranks: list[int], errors: Pickled, node_died: Collection[int] = (), is_final: bool = False

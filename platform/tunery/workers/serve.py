@@ -42,7 +42,7 @@ def serve(train_loop_config: dict[str, WorkerConfig]) -> None:
         importlib.import_module(module)
     queue, rank = config.queue, ray.train.get_context().get_world_rank()
     state = ProcessState.capture()
-    session = ray.get(queue.join.remote(rank))
+    session = ray.get(queue.join.remote(rank, ray.get_runtime_context().get_node_id()))
     last_job = 0
     callable_class_number, function = 0, None  # the instance that runs tasks, and the number of its class
 

@@ -21,7 +21,7 @@ from typing import Any
 from tunery.errors import Stopped, TuneryError
 from tunery.interrupt import BackgroundCall, interruptible
 from tunery.spec import Compute
-from tunery.workers.cluster_resources import describe_nodes, describe_workers, free_resources
+from tunery.workers.cluster_resources import dead_nodes, describe_nodes, describe_workers, free_resources
 from tunery.workers.job_queue import JobQueue, JobUpdate, TaskResult
 from tunery.workers.map_tasks import Task
 from tunery.workers.pickling import dumps, loads
@@ -209,7 +209,10 @@ def _failure_callback(queue: Any) -> Any:
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             import ray
 
-            node_died = [rank for rank, error in worker_exceptions.items() if _has_node_died(error)]
+            nodes = ray.get(queue.nodes.remote())
+            died = {rank: nodes.get(rank, "") for rank, error in worker_exceptions.items() if _has_died(error)}
+            dead = dead_nodes({*died.values()} - {""})  # "": it died before it joined the queue
+            node_died = [rank for rank, node in died.items() if node in dead]
             is_final = any(isinstance(_cause(error), TuneryError) for error in worker_exceptions.values())
             ray.get(queue.fail.remote(list(worker_exceptions), dumps(worker_exceptions), node_died, is_final))
 
@@ -225,11 +228,11 @@ def _cause(error: Exception) -> Exception:
     return error
 
 
-def _has_node_died(error: Exception) -> bool:
+def _has_died(error: Exception) -> bool:
+    """Whether the process of the worker has died, in contrast to an error that it has raised."""
     from ray.exceptions import RayActorError
 
-    error = _cause(error)
-    return isinstance(error, RayActorError) and (error.preempted or "node has died" in str(error))
+    return isinstance(_cause(error), RayActorError)
 
 
 class CurrentWorkerGroup:
