@@ -67,12 +67,20 @@ def free_resources() -> list[NodeResources]:
 
 
 def dead_nodes(node_ids: Collection[str]) -> set[str]:
-    """Return which of these nodes are dead. Ray (2.60) notices the death of a node's raylet after 15 s or more of missed
-    health checks, so this also tries to connect to it."""
+    """Return which of these nodes are dead. Ray (2.60) notices that after 15 s or more of missed health checks, so this
+    also tries to connect to the raylets of the nodes."""
     import ray
 
     known = {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
     return {id for id in node_ids if id not in known or not _accepts_connections(known[id])}
+
+
+def on_this_node() -> Any:
+    """Return the scheduling strategy for an actor that the process needs: it dies only with the node of the process."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
 
 
 def _accepts_connections(node: dict[str, Any]) -> bool:

@@ -21,7 +21,13 @@ from typing import Any
 from tunery.errors import Stopped, TuneryError
 from tunery.interrupt import BackgroundCall, interruptible
 from tunery.spec import Compute
-from tunery.workers.cluster_resources import dead_nodes, describe_nodes, describe_workers, free_resources
+from tunery.workers.cluster_resources import (
+    dead_nodes,
+    describe_nodes,
+    describe_workers,
+    free_resources,
+    on_this_node,
+)
 from tunery.workers.job_queue import JobQueue, JobUpdate, TaskResult
 from tunery.workers.map_tasks import Task
 from tunery.workers.pickling import dumps, loads
@@ -62,7 +68,9 @@ class WorkerGroup:
         assert compute.workers != "auto", "resolved"
         self.compute = compute
         self.num_workers = compute.workers
-        self._queue: Any = ray.remote(JobQueue).options(num_cpus=0, max_concurrency=1000).remote(self.num_workers)
+        actor: Any = ray.remote(JobQueue)
+        options = {"num_cpus": 0, "max_concurrency": 1000, "scheduling_strategy": on_this_node()}
+        self._queue: Any = actor.options(**options).remote(self.num_workers)
         self._workers = BackgroundCall(lambda: self._run_workers(logs, tuple(preload)))
 
     @property

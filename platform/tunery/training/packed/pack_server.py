@@ -20,7 +20,7 @@ from tunery.interrupt import STOP
 from tunery.models.load import Source
 from tunery.spec import TRAINERS, Compute, Stage, adapter_spec, settings_of, tuner_of
 from tunery.training.job import Job, Report
-from tunery.workers.cluster_resources import free_resources, num_workers
+from tunery.workers.cluster_resources import free_resources, num_workers, on_this_node
 
 POLL_SECONDS = 5.0
 """Maximum duration of one poll."""
@@ -332,11 +332,9 @@ def start_pack_scheduler(max_packs: int, max_members: int, compute: Compute) -> 
     """Start a PackScheduler on the node of this process and return its handle. The scheduler and its packs end with
     this process."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     actor: Any = ray.remote(PackScheduler)
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return actor.options(num_cpus=0, scheduling_strategy=here).remote(max_packs, max_members, compute)
+    return actor.options(num_cpus=0, scheduling_strategy=on_this_node()).remote(max_packs, max_members, compute)
 
 
 def close_pack_scheduler(scheduler: Any) -> None:
