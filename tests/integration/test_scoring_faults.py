@@ -22,7 +22,8 @@ def prepared(bench: Workspace, complete_run: Workspace) -> Workspace:
     words = ["path", "join", "list", "sort", "file", "open", "read", "line", "text", "code"]
     with (bench.folder / "rows.jsonl").open("w") as file:
         for n in range(ROWS):
-            file.write(json.dumps({"text": f"{n} " + " ".join(words[n % 10 : n % 10 + n % 7])}) + "\n")
+            # A shard takes about a second, so that there is time to kill something.
+            file.write(json.dumps({"text": f"{n} " + " ".join(words[n % 10 :] * (n % 7))}) + "\n")
 
     def change(experiment: dict) -> None:
         kept = {name: experiment["stages"][name] for name in ("texts", "base")}
@@ -160,7 +161,7 @@ def test_task_that_always_kills_its_actor_fails() -> None:
     """An actor that runs out of memory, for example, is not restarted for ever."""
     command = [sys.executable, "-c", ALWAYS_KILLED]
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=200)
-    assert done.stdout.splitlines()[-1] == "failed", done.stdout + done.stderr
+    assert "failed" in done.stdout.splitlines(), done.stdout + done.stderr
 
 
 def test_row_that_crashes_its_actor_is_quarantined_and_the_stage_completes(tmp_path: Path) -> None:
