@@ -116,7 +116,7 @@ def _cause(chain: list[BaseException], run_context: RunContext) -> tuple[str, st
         signal = re.search(r"SIG[A-Z]+", text)
         return (
             "a worker process was killed",
-            "the out-of-memory killer of the system, or a kill command"
+            "the out-of-memory killer of the system, a kill command, or the death of its node or of the head node"
             + (f" ({signal.group()})" if signal else "")
             + "; the worker reported no error",
             "check the memory of the machine (dmesg), "
