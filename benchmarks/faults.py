@@ -98,6 +98,7 @@ CASES = {
         "sft",
         "work/sft-*/checkpoints/*/whole",
         "ray::RayTrainWorker",
+        count=1,  # a new checkpoint replaces the one before
     ),
     "ppo": Case(
         {
@@ -116,6 +117,7 @@ CASES = {
         "ppo",
         "work/ppo-*/checkpoints/*/whole",
         "ray::RayTrainWorker",
+        count=1,
     ),
     "search": Case(
         {**UPSTREAM, "sft": {**SFT, "epochs": 3, "tuner": {"lora": {"rank": 4}}, "eval_data": "questions"}},

@@ -61,19 +61,19 @@ class StopSignals:
         return self._count >= SIGNALS_TO_HURRY
 
     def check(self) -> None:
-        """Raise KeyboardInterrupt if a stop was requested, or the error that `fail` has set for this thread, except
-        inside `held()`."""
+        """Raise KeyboardInterrupt if a stop was requested, or the error of `raise_in_thread` for this thread,
+        except inside `held()`."""
         if self._count and not self._held:
             raise KeyboardInterrupt
         if self._errors and not self._held and (error := self._errors.pop(threading.get_ident(), None)):
             raise error
 
-    def fail(self, thread: int, error: Exception) -> None:
+    def raise_in_thread(self, thread: int, error: Exception) -> None:
         """Make the next `check` of another thread (its `get_ident()`) raise `error`."""
         self._errors[thread] = error
 
-    def unfail(self, thread: int) -> None:
-        """Withdraw the error of `fail`."""
+    def clear_error(self, thread: int) -> None:
+        """Forget the error of `raise_in_thread` if it has not been raised."""
         self._errors.pop(thread, None)
 
     def forget(self) -> None:

@@ -216,7 +216,7 @@ def _private_temp_dir() -> Path:
     and sockets accessible to all users."""
     parent = Path(os.environ.get("RAY_TMPDIR") or "/tmp") / f"tunery-{os.getuid()}"
     with suppress(FileExistsError):
-        parent.mkdir(mode=0o700)
+        parent.mkdir(mode=0o700, parents=True)
     status = parent.lstat()
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
         raise TuneryError(

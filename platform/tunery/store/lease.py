@@ -100,7 +100,7 @@ class Lease:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-            STOP.unfail(self._holder)
+            STOP.clear_error(self._holder)
         if self._is_owner():
             self.path.unlink(missing_ok=True)
 
@@ -156,7 +156,7 @@ class Lease:
         while not self._stop.wait(HEARTBEAT):
             owner = _read_owner(self.path)  # None: the file system may be unavailable; the next heartbeat retries
             if owner is not None and owner["token"] != self.token:
-                STOP.fail(self._holder, LeaseLost(self.path.name, _describe(owner)))
+                STOP.raise_in_thread(self._holder, LeaseLost(self.path.name, _describe(owner)))
                 return
             if owner is not None:
                 with suppress(OSError):

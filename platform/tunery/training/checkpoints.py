@@ -66,7 +66,7 @@ def _check_is_own(checkpoint: Path) -> None:
     probe = temporary_name(checkpoint)
     probe.touch()
     own = probe.stat().st_uid  # not the process's user: NFS may map root to another one
-    probe.unlink()
+    probe.unlink(missing_ok=True)
     for path in (checkpoint, *checkpoint.rglob("*")):
         status = path.lstat()
         if status.st_uid != own or (status.st_mode & WRITABLE_BY_OTHERS and not path.is_symlink()):

@@ -33,7 +33,7 @@ def num_workers(nodes: Sequence[NodeResources], device: str, cpus_per_worker: in
 
 def describe_workers(count: int, device: str, cpus_per_worker: int) -> str:
     """Describe what workers need: `4 workers with 1 CPU and a GPU each`, `1 worker with 2 CPUs`."""
-    each = f"{cpus_per_worker} CPU{'s' if cpus_per_worker > 1 else ''}" + (" and a GPU" if device == "gpu" else "")
+    each = _count(cpus_per_worker, "CPU") + (" and a GPU" if device == "gpu" else "")
     return f"{count} workers with {each} each" if count > 1 else f"1 worker with {each}"
 
 
@@ -41,8 +41,8 @@ def describe_nodes(nodes: Iterable[NodeResources], device: str) -> str:
     """Describe CPUs, and if `device` is "gpu" GPUs: `2 nodes with 16 CPUs and 8 GPUs each + 1 node with 16 CPUs`."""
 
     def amount(node: NodeResources) -> str:
-        gpus = f" and {node.gpus:g} GPUs" if device == "gpu" else ""
-        return f"{node.cpus:g} CPUs{gpus}"
+        gpus = f" and {_count(node.gpus, 'GPU')}" if device == "gpu" else ""
+        return f"{_count(node.cpus, 'CPU')}{gpus}"
 
     counts = Counter(map(amount, nodes))
     if counts.total() == 1:
@@ -50,6 +50,10 @@ def describe_nodes(nodes: Iterable[NodeResources], device: str) -> str:
     return " + ".join(
         f"{count} nodes with {text} each" if count > 1 else f"1 node with {text}" for text, count in counts.items()
     )
+
+
+def _count(amount: float, unit: str) -> str:
+    return f"{amount:g} {unit}{'' if amount == 1 else 's'}"
 
 
 def total_resources() -> list[NodeResources]:
